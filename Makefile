@@ -1,0 +1,88 @@
+# make demo | test | lint | format | bench | clean        Needs python3 with venv, g++ and make; the rest comes as wheels.
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO_OUT ?= runs/demo
+CPP_BUILD := build/cpp-tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-cpp test-python lint format bench clean
+.DEFAULT_GOAL := help
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(VENV)/bin/python -m pip install -qq -c constraints.txt
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+
+NATIVE_SOURCES := $(shell find csrc jointspar_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt
+CPP_FILES = $(shell find csrc jointspar_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+help:
+	@echo "make demo     train with JointSpar-LARS on 2 MPI ranks, results in $(DEMO_OUT)"
+	@echo "make test     build, then run the C++ and the Python tests"
+	@echo "make lint     ruff, mypy, clang-format; changes nothing"
+	@echo "make format   rewrite the sources as lint wants them"
+	@echo "make bench    measure the operations (bench/)"
+	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/"
+
+# --- set-up: each stamp stands for one finished step ------------------------------------------------------------------
+# torch first and alone, so that no other requirement decides which build of it is taken.
+$(VENV)/.stamp-base: constraints.txt
+	@echo "== $(VENV): torch and the build tools"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) setuptools wheel pybind11 cmake ninja numpy
+	@touch $@
+
+$(VENV)/.stamp-project: $(VENV)/.stamp-base $(BUILD_FILES) $(NATIVE_SOURCES)
+	@echo "== $(VENV): jointspar, compiled and installed editable, with MPI"
+	@$(PIP) --no-build-isolation -e '.[mpi,train]'
+	@touch $@
+
+# The project is installed by now, so its extras resolve from it without another build.
+$(VENV)/.stamp-extra-%: $(VENV)/.stamp-base pyproject.toml | $(VENV)/.stamp-project
+	@echo "== $(VENV): packages of the extra [$*]"
+	@$(PIP) 'jointspar[$*]'
+	@touch $@
+
+# --- what you came for ------------------------------------------------------------------------------------------------
+demo: $(VENV)/.stamp-project
+	@echo "== demo: training, results in $(DEMO_OUT)"
+	@$(VENV)/bin/python -m jointspar.training.demo --out $(DEMO_OUT)
+
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.stamp-project
+	@echo "== C++ tests"
+	@cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DJOINTSPAR_BUILD_TESTS=ON \
+	    -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python > $(CPP_BUILD).log || { cat $(CPP_BUILD).log; exit 1; }
+	@cmake --build $(CPP_BUILD) >> $(CPP_BUILD).log || { cat $(CPP_BUILD).log; exit 1; }
+	@ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error | tail -n +2
+
+test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
+	@echo "== Python tests"
+	@$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-project $(VENV)/.stamp-extra-dev $(VENV)/.stamp-extra-test
+	@ruff check .
+	@ruff format --check --quiet .
+	@mypy
+	@clang-format --dry-run -Werror $(CPP_FILES)
+	@echo "== lint: clean"
+
+format: $(VENV)/.stamp-extra-dev
+	@ruff check --fix --quiet . || true
+	@ruff format --quiet .
+	@clang-format -i $(CPP_FILES)
+
+bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
+	@$(VENV)/bin/python -m pytest bench $(PYTEST_ARGS)
+
+clean:
+	@rm -rf build dist python/*.egg-info jointspar_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -f $(VENV)/.stamp-project
+	@find python jointspar_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

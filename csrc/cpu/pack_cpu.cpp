@@ -1,0 +1,83 @@
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "cpu/zero_chunk.h"
+#include "jointspar/pack_gradients.h"
+
+namespace jointspar {
+namespace {
+
+struct PackChunk {
+    const void* source;  // the chunk's first element
+    DType source_dtype;
+    void* packed;  // where that element goes
+    DType packed_dtype;
+    int64_t size;
+    double scale;
+    bool streaming;
+};
+
+template <class Source, class Packed>
+JOINTSPAR_INLINE double pack_values(const Source* source, Packed* packed, const PackChunk& chunk) {
+    using Acc = accumulator_t<Source>;
+    using Product = accumulator_t<Source, Packed>;
+    const Product scale = static_cast<Product>(chunk.scale);
+    SquareLanes<Acc> squares;
+    write_blocks(packed, chunk.size, chunk.streaming,
+                 [&](Packed* __restrict block, int64_t begin, int64_t count) JOINTSPAR_INLINE_LAMBDA {
+                     const Source* values = source + begin;
+                     for_each_lane<SquareLanes<Acc>::kLanes>(count, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {
+                         const Acc value = convert<Acc>(values[i]);
+                         squares.lanes[lane] += value * value;
+                         block[i] = convert<Packed>(static_cast<Product>(value) * scale);
+                     });
+                 });
+    return checked_total(squares, source, chunk.size);
+}
+
+// Returns the sum of squares of the source.
+JOINTSPAR_SIMD_CLONES double pack_chunk(const PackChunk& chunk) {
+    return visit_dtype(chunk.source_dtype, [&](auto source) JOINTSPAR_INLINE_LAMBDA {
+        return visit_dtype(chunk.packed_dtype, [&](auto packed) JOINTSPAR_INLINE_LAMBDA {
+            return pack_values(static_cast<const decltype(source)*>(chunk.source),
+                               static_cast<decltype(packed)*>(chunk.packed), chunk);
+        });
+    });
+}
+
+int64_t bytes_moved(const PackSlice* slices, int64_t num_slices, DType packed_dtype) {
+    int64_t num_bytes = 0;
+    for (int64_t k = 0; k < num_slices; ++k) {
+        num_bytes += slices[k].size * (element_bytes(slices[k].source_dtype) + element_bytes(packed_dtype));
+    }
+    return num_bytes;
+}
+
+}  // namespace
+
+void pack_gradients_cpu(const PackSlice* slices, std::int64_t num_slices, void* packed, DType packed_dtype,
+                        double* squared_norms) {
+    const LayerTable table(slices, num_slices, [](const PackSlice& slice) { return slice.size; });
+    const bool streaming = exceeds_cache(bytes_moved(slices, num_slices, packed_dtype));
+    std::vector<double> chunk_sums(static_cast<std::size_t>(table.num_chunks()));
+    double* const sums = chunk_sums.data();
+    std::byte* const packed_bytes = static_cast<std::byte*>(packed);
+    for_each_chunk(table, [=](int64_t index, const Chunk& chunk) {
+        const PackSlice& slice = slices[chunk.slice];
+        std::byte* target = packed_bytes + (slice.offset + chunk.begin) * element_bytes(packed_dtype);
+        PackChunk part{zero_chunk(), DType::kFloat32, target, packed_dtype, chunk.size, 1.0, streaming};
+        if (slice.source != nullptr) {
+            const int64_t source_at = chunk.begin * element_bytes(slice.source_dtype);
+            part.source = static_cast<const std::byte*>(slice.source) + source_at;
+            part.source_dtype = slice.source_dtype;
+            part.scale = slice.scale;
+        }
+        sums[index] = pack_chunk(part);
+        if (streaming) finish_non_temporal();
+    });
+    if (squared_norms == nullptr) return;
+    for (int64_t k = 0; k < num_slices; ++k) squared_norms[k] = table.sum_of(k, sums);
+}
+
+}  // namespace jointspar

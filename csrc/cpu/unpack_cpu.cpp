@@ -1,0 +1,79 @@
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "jointspar/unpack_gradients.h"
+
+namespace jointspar {
+namespace {
+
+struct UnpackChunk {
+    const void* packed;  // the chunk's first element
+    DType packed_dtype;
+    void* target;  // where that element goes
+    DType target_dtype;
+    int64_t size;
+    bool add;
+    bool streaming;
+};
+
+template <class Packed, class Target>
+JOINTSPAR_INLINE void add_values(const Packed* __restrict packed, Target* __restrict target, int64_t size) {
+    using Acc = accumulator_t<Packed, Target>;
+    for (int64_t i = 0; i < size; ++i) {
+        target[i] = convert<Target>(convert<Acc>(target[i]) + convert<Acc>(packed[i]));
+    }
+}
+
+template <class Packed, class Target>
+JOINTSPAR_INLINE void copy_values(const Packed* packed, Target* target, int64_t size, bool streaming) {
+    write_blocks(target, size, streaming,
+                 [&](Target* __restrict block, int64_t begin, int64_t count) JOINTSPAR_INLINE_LAMBDA {
+                     const Packed* values = packed + begin;
+                     for (int64_t i = 0; i < count; ++i) block[i] = convert<Target>(values[i]);
+                 });
+}
+
+JOINTSPAR_SIMD_CLONES void unpack_chunk(const UnpackChunk& chunk) {
+    visit_dtype(chunk.packed_dtype, [&](auto packed_tag) JOINTSPAR_INLINE_LAMBDA {
+        visit_dtype(chunk.target_dtype, [&](auto target_tag) JOINTSPAR_INLINE_LAMBDA {
+            const auto* packed = static_cast<const decltype(packed_tag)*>(chunk.packed);
+            auto* target = static_cast<decltype(target_tag)*>(chunk.target);
+            if (chunk.add) {
+                add_values(packed, target, chunk.size);
+            } else {
+                copy_values(packed, target, chunk.size, chunk.streaming);
+            }
+        });
+    });
+}
+
+int64_t bytes_moved(const UnpackSlice* slices, int64_t num_slices, DType packed_dtype) {
+    int64_t num_bytes = 0;
+    for (int64_t k = 0; k < num_slices; ++k) {
+        num_bytes += slices[k].size * (element_bytes(packed_dtype) + element_bytes(slices[k].target_dtype));
+    }
+    return num_bytes;
+}
+
+}  // namespace
+
+void unpack_gradients_cpu(const void* packed, DType packed_dtype, const UnpackSlice* slices, std::int64_t num_slices,
+                          bool add) {
+    const LayerTable table(slices, num_slices, [](const UnpackSlice& slice) { return slice.size; });
+    const bool streaming = !add && exceeds_cache(bytes_moved(slices, num_slices, packed_dtype));
+    const std::byte* const packed_bytes = static_cast<const std::byte*>(packed);
+    for_each_chunk(table, [=](int64_t, const Chunk& chunk) {
+        const UnpackSlice& slice = slices[chunk.slice];
+        std::byte* target = static_cast<std::byte*>(slice.target);
+        unpack_chunk({packed_bytes + (slice.offset + chunk.begin) * element_bytes(packed_dtype), packed_dtype,
+                      target + chunk.begin * element_bytes(slice.target_dtype), slice.target_dtype, chunk.size, add,
+                      streaming});
+        if (streaming) finish_non_temporal();
+    });
+}
+
+void add_packed_cpu(void* sum, const void* packed, DType dtype, std::int64_t size) {
+    const UnpackSlice whole{sum, dtype, 0, size};
+    unpack_gradients_cpu(packed, dtype, &whole, 1, true);
+}
+
+}  // namespace jointspar

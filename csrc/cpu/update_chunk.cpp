@@ -1,0 +1,78 @@
+#include "cpu/update_chunk.h"
+
+#include "common/lars_math.h"
+#include "cpu/simd.h"
+#include "cpu/zero_chunk.h"
+
+namespace jointspar {
+namespace {
+
+struct ChunkUpdate {
+    void* param;  // the chunk's first element, as the other two
+    void* momentum_buffer;
+    const void* grad;
+    DType param_dtype;
+    DType grad_dtype;
+    int64_t size;
+    UpdateFactors<double> factors;
+    bool nesterov;
+};
+
+template <bool kNesterov, class Param, class Grad>
+JOINTSPAR_INLINE UpdateSums update_values(Param* __restrict params, const Grad* __restrict grads,
+                                          const ChunkUpdate& chunk) {
+    using Acc = accumulator_t<Param>;
+    Acc* __restrict momenta = static_cast<Acc*>(chunk.momentum_buffer);
+    const UpdateFactors<Acc> factors{
+        static_cast<Acc>(chunk.factors.lr), static_cast<Acc>(chunk.factors.momentum),
+        static_cast<Acc>(chunk.factors.weight_decay), static_cast<Acc>(chunk.factors.local_rate)};
+    SquareLanes<Acc> param_squares;
+    SquareLanes<accumulator_t<Grad>> grad_squares;
+    for_each_lane<SquareLanes<Acc>::kLanes>(chunk.size, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {
+        const auto grad = convert<accumulator_t<Grad>>(grads[i]);
+        grad_squares.lanes[lane] += grad * grad;
+        Acc param = convert<Acc>(params[i]);
+        Acc momentum_buffer = momenta[i];
+        momentum_step<kNesterov>(param, momentum_buffer, static_cast<Acc>(grad), factors);
+        momenta[i] = momentum_buffer;
+        params[i] = convert<Param>(param);
+        param = convert<Acc>(params[i]);
+        param_squares.lanes[lane] += param * param;
+    });
+    return {checked_total(param_squares, params, chunk.size), checked_total(grad_squares, grads, chunk.size)};
+}
+
+template <bool kNesterov>
+JOINTSPAR_INLINE UpdateSums update_any(const ChunkUpdate& chunk) {
+    return visit_dtype(chunk.param_dtype, [&](auto param) JOINTSPAR_INLINE_LAMBDA {
+        return visit_dtype(chunk.grad_dtype, [&](auto grad) JOINTSPAR_INLINE_LAMBDA {
+            return update_values<kNesterov>(static_cast<decltype(param)*>(chunk.param),
+                                            static_cast<const decltype(grad)*>(chunk.grad), chunk);
+        });
+    });
+}
+
+JOINTSPAR_SIMD_CLONES UpdateSums update_chunk_simd(const ChunkUpdate& chunk) {
+    return chunk.nesterov ? update_any<true>(chunk) : update_any<false>(chunk);
+}
+
+}  // namespace
+
+UpdateSums update_chunk(const UpdateTensor& tensor, int64_t begin, int64_t size, double local_rate, bool nesterov) {
+    const DType momentum_dtype = tensor.param_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    ChunkUpdate chunk{static_cast<std::byte*>(tensor.param) + begin * element_bytes(tensor.param_dtype),
+                      static_cast<std::byte*>(tensor.momentum_buffer) + begin * element_bytes(momentum_dtype),
+                      zero_chunk(),
+                      tensor.param_dtype,
+                      DType::kFloat32,
+                      size,
+                      {tensor.lr, tensor.momentum, tensor.weight_decay, local_rate},
+                      nesterov};
+    if (tensor.grad != nullptr) {
+        chunk.grad = static_cast<const std::byte*>(tensor.grad) + begin * element_bytes(tensor.grad_dtype);
+        chunk.grad_dtype = tensor.grad_dtype;
+    }
+    return update_chunk_simd(chunk);
+}
+
+}  // namespace jointspar

@@ -1,0 +1,18 @@
+// packed[offset + i] = cast(source[i] * scale), squared_norms[k] = sum_i source_k[i]^2 (before scaling), in one pass.
+#pragma once
+
+#include <cstdint>
+
+#include "jointspar/types.h"
+
+namespace jointspar {
+
+// slices         [num_slices]  ranges of `packed` must not overlap; sources must not overlap `packed`
+// packed         one buffer of packed_dtype, written where slices say and nowhere else
+// squared_norms  [num_slices]  float64, written; 0 for a null source; may be null (not wanted)
+// The product is formed in float32 (float64 when source or packed is float64) and rounded once, to nearest even.
+// squared_norms is the same bits for every number of threads.
+void pack_gradients_cpu(const PackSlice* slices, std::int64_t num_slices, void* packed, DType packed_dtype,
+                        double* squared_norms);
+
+}  // namespace jointspar

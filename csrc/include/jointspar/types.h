@@ -1,0 +1,38 @@
+// Types that every op shares. Part of the contract between kernels and bindings: no Python, torch or MPI.
+#pragma once
+
+#include <cstdint>
+
+namespace jointspar {
+
+enum class DType : std::int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// Bytes of one element.
+constexpr std::int64_t element_bytes(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// One gradient's place on its way into or out of the packed buffer.
+// `offset` and `size` count elements. A null `source` packs zeros (a layer that only other ranks computed).
+struct PackSlice {
+    const void* source;
+    DType source_dtype;
+    std::int64_t offset;
+    std::int64_t size;
+    double scale;
+};
+
+struct UnpackSlice {
+    void* target;
+    DType target_dtype;
+    std::int64_t offset;
+    std::int64_t size;
+};
+
+struct NormSlice {
+    const void* source;
+    DType source_dtype;
+    std::int64_t size;
+};
+
+}  // namespace jointspar

@@ -1,0 +1,265 @@
+#include "array_view.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace jointspar {
+namespace {
+
+constexpr int kMaxDims = 64;
+
+[[noreturn]] void raise_type(ArgName name, const std::string& problem) {
+    throw py::type_error(name.str() + " " + problem);
+}
+
+[[noreturn]] void raise_value(ArgName name, const std::string& problem) {
+    throw py::value_error(name.str() + " " + problem);
+}
+
+std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+// Turns the pending Python error, of whatever type, into a TypeError that names the argument.
+[[noreturn]] void raise_unreadable(ArgName name, py::handle object) {
+    const py::error_already_set error;
+    raise_type(name, "(" + type_name(object) + ") cannot be read as a dense CPU array: " + error.what());
+}
+
+[[noreturn]] void raise_dtype(ArgName name, const std::string& found) {
+    raise_type(name, "must have dtype float32, float64, bfloat16 or float16, not " + found);
+}
+
+DType dtype_of(const dlpack::DataType& dtype, ArgName name) {
+    if (dtype.lanes == 1 && dtype.code == dlpack::kCodeFloat) {
+        if (dtype.bits == 32) return DType::kFloat32;
+        if (dtype.bits == 64) return DType::kFloat64;
+        if (dtype.bits == 16) return DType::kFloat16;
+    }
+    if (dtype.lanes == 1 && dtype.code == dlpack::kCodeBFloat && dtype.bits == 16) return DType::kBFloat16;
+    raise_dtype(name, "DLPack type code " + std::to_string(dtype.code) + " of " + std::to_string(dtype.bits) + " bits");
+}
+
+DType dtype_of(const Py_buffer& buffer, ArgName name) {
+    const char* format = buffer.format != nullptr ? buffer.format : "B";
+    if (*format == '@' || *format == '=' || *format == '<') ++format;  // little-endian: checked at build time
+    if (std::strcmp(format, "f") == 0) return DType::kFloat32;
+    if (std::strcmp(format, "d") == 0) return DType::kFloat64;
+    if (std::strcmp(format, "e") == 0) return DType::kFloat16;
+    raise_dtype(name, "buffer format '" + std::string(buffer.format != nullptr ? buffer.format : "B") + "'");
+}
+
+std::int64_t element_count(const ArrayView& view, ArgName name) {
+    if (view.ndim < 0 || view.ndim > kMaxDims) raise_value(name, "has more than 64 dimensions");
+    std::int64_t size = 1;
+    for (int d = 0; d < view.ndim; ++d) {
+        if (view.shape[d] == 0) return 0;
+        if (view.shape[d] < 0 || __builtin_mul_overflow(size, view.shape[d], &size)) {
+            raise_value(name, "has an impossible shape");
+        }
+    }
+    return size;
+}
+
+bool is_c_contiguous(const ArrayView& view) {
+    if (view.strides == nullptr) return true;
+    std::int64_t expected = view.stride_unit;
+    for (int d = view.ndim - 1; d >= 0; --d) {
+        if (view.shape[d] != 1 && view.strides[d] != expected) return false;
+        expected *= view.shape[d];
+    }
+    return true;
+}
+
+// Contiguous after some permutation of its dimensions.
+bool is_dense(const ArrayView& view) {
+    if (view.size == 0 || is_c_contiguous(view)) return true;
+    std::array<std::pair<std::int64_t, std::int64_t>, kMaxDims> dims;  // (stride, extent)
+    std::size_t count = 0;
+    for (int d = 0; d < view.ndim; ++d) {
+        if (view.shape[d] != 1) dims[count++] = {view.strides[d], view.shape[d]};
+    }
+    std::sort(dims.begin(), dims.begin() + static_cast<std::ptrdiff_t>(count));
+    std::int64_t expected = view.stride_unit;
+    for (std::size_t k = 0; k < count; ++k) {
+        if (dims[k].first != expected) return false;
+        expected *= dims[k].second;
+    }
+    return true;
+}
+
+// The DLPack table of an array type, or null. Looked up once per type; types found stay alive.
+const dlpack::ExchangeApi* exchange_api(py::handle object) {
+    static auto& known = *new std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>>;
+    PyTypeObject* type = Py_TYPE(object.ptr());
+    for (const auto& [known_type, api] : known) {
+        if (known_type == type) return api;
+    }
+    const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), dlpack::kExchangeApiAttribute, py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeApiName)) return nullptr;
+    auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeApiName));
+    while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
+    if (api == nullptr || api->view_from_object == nullptr) return nullptr;
+    Py_INCREF(type);
+    known.emplace_back(type, api);
+    return api;
+}
+
+bool is_bfloat16_ndarray(py::handle object) {
+    const py::object dtype = py::getattr(object, "dtype", py::none());
+    return py::str(py::getattr(dtype, "name", py::none())).equal(py::str("bfloat16")) && py::hasattr(object, "view");
+}
+
+}  // namespace
+
+std::string ArgName::str() const {
+    return index < 0 ? std::string(name) : std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+ArrayReader::~ArrayReader() {
+    for (Py_buffer& buffer : buffers_) PyBuffer_Release(&buffer);
+}
+
+ArrayView ArrayReader::read(py::handle object, ArgName name, Access access) {
+    owners_.push_back(py::reinterpret_borrow<py::object>(object));
+    ArrayView view;
+    if (PyObject_CheckBuffer(object.ptr()) != 0) {
+        view = read_buffer(object, name, access);
+    } else if (const dlpack::ExchangeApi* api = exchange_api(object)) {
+        dlpack::Tensor tensor{};
+        if (api->view_from_object(object.ptr(), &tensor) != 0) raise_unreadable(name, object);
+        view = read_dlpack(tensor, name);
+    } else {
+        view = read_capsule(object, name);
+    }
+    view.size = element_count(view, name);
+    if (view.size == 0) {
+        view.data = nullptr;
+        return view;
+    }
+    if (view.data == nullptr) raise_type(name, "(" + type_name(object) + ") has no memory of its own");
+    if (!is_dense(view)) {
+        raise_value(name, "is not dense: gaps, expanded dimensions and negative strides are not supported; "
+                          "make a contiguous copy");
+    }
+    const auto begin = reinterpret_cast<std::uintptr_t>(view.data);
+    if (begin % static_cast<std::uintptr_t>(element_bytes(view.dtype)) != 0) raise_value(name, "is not aligned in memory");
+    intervals_.push_back({begin, begin + static_cast<std::uintptr_t>(view.size * element_bytes(view.dtype)), access, name});
+    return view;
+}
+
+ArrayView ArrayReader::read_flat(py::handle object, ArgName name, Access access) {
+    const ArrayView view = read(object, name, access);
+    if (view.ndim != 1) raise_value(name, "must have one dimension, not " + std::to_string(view.ndim));
+    return view;
+}
+
+std::vector<ArrayView> ArrayReader::read_list(py::handle list, const char* name, Access access, bool allows_none) {
+    if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr())) {
+        raise_type({name}, "must be a list of arrays, not " + type_name(list));
+    }
+    // A tuple of its own: reading runs foreign code, which could change a list.
+    const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
+    if (!items) throw py::error_already_set();
+    std::vector<ArrayView> views;
+    views.reserve(items.size());
+    for (const py::handle item : items) {
+        const ArgName item_name{name, static_cast<std::int64_t>(views.size())};
+        if (!item.is_none()) {
+            views.push_back(read(item, item_name, access));
+        } else if (allows_none) {
+            views.emplace_back().is_none = true;
+        } else {
+            raise_type(item_name, "must be an array, not None");
+        }
+    }
+    return views;
+}
+
+void ArrayReader::check_no_overlap() {
+    std::sort(intervals_.begin(), intervals_.end(),
+              [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+    const Interval* furthest = nullptr;          // of all before this one, the one that ends last
+    const Interval* furthest_written = nullptr;  // the same among those that are written
+    for (const Interval& interval : intervals_) {
+        const Interval* other = interval.access == Access::kWrite ? furthest : furthest_written;
+        if (other != nullptr && other->end > interval.begin) {
+            raise_value(interval.name, "overlaps " + other->name.str() + " in memory");
+        }
+        if (furthest == nullptr || interval.end > furthest->end) furthest = &interval;
+        if (interval.access == Access::kWrite && (furthest_written == nullptr || interval.end > furthest_written->end)) {
+            furthest_written = &interval;
+        }
+    }
+}
+
+ArrayView ArrayReader::read_buffer(py::handle object, ArgName name, Access access) {
+    Py_buffer buffer;
+    bool is_bfloat16 = false;
+    if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_FULL_RO) != 0) {
+        py::error_already_set error;
+        is_bfloat16 = is_bfloat16_ndarray(object);
+        if (!is_bfloat16) {
+            error.restore();
+            raise_unreadable(name, object);
+        }
+        owners_.push_back(object.attr("view")("uint16"));  // NumPy exports no buffer of a foreign dtype
+        if (PyObject_GetBuffer(owners_.back().ptr(), &buffer, PyBUF_FULL_RO) != 0) raise_unreadable(name, object);
+    }
+    buffers_.push_back(buffer);
+    if (access == Access::kWrite && buffer.readonly != 0) raise_value(name, "is read-only");
+    ArrayView view;
+    view.data = buffer.buf;
+    view.dtype = is_bfloat16 ? DType::kBFloat16 : dtype_of(buffer, name);
+    view.ndim = buffer.ndim;
+    static_assert(sizeof(Py_ssize_t) == sizeof(std::int64_t), "a 64-bit platform is needed");
+    view.shape = reinterpret_cast<const std::int64_t*>(buffer.shape);
+    view.strides = reinterpret_cast<const std::int64_t*>(buffer.strides);
+    view.stride_unit = element_bytes(view.dtype);
+    return view;
+}
+
+ArrayView ArrayReader::read_dlpack(const dlpack::Tensor& tensor, ArgName name) {
+    if (tensor.device.device_type != dlpack::kDeviceCpu) {
+        raise_type(name, "is not on the CPU (DLPack device type " + std::to_string(tensor.device.device_type) +
+                             "); this build has CPU kernels only");
+    }
+    ArrayView view;
+    view.data = tensor.data != nullptr ? static_cast<std::byte*>(tensor.data) + tensor.byte_offset : nullptr;
+    view.dtype = dtype_of(tensor.dtype, name);
+    view.ndim = tensor.ndim;
+    view.shape = tensor.shape;
+    view.strides = tensor.strides;
+    return view;
+}
+
+ArrayView ArrayReader::read_capsule(py::handle object, ArgName name) {
+    if (!py::hasattr(object, "__dlpack__")) raise_type(name, "must be an array, not " + type_name(object));
+    try {
+        // torch exports only tensors that need no gradient; detaching shares the memory.
+        const py::object source = py::hasattr(object, "detach") ? object.attr("detach")() : py::reinterpret_borrow<py::object>(object);
+        owners_.push_back(source.attr("__dlpack__")());
+    } catch (py::error_already_set& error) {
+        error.restore();
+        raise_unreadable(name, object);
+    }
+    void* managed = PyCapsule_GetPointer(owners_.back().ptr(), dlpack::kManagedTensorName);
+    if (managed == nullptr) raise_unreadable(name, object);
+    return read_dlpack(static_cast<const dlpack::ManagedTensor*>(managed)->tensor, name);
+}
+
+void check_same_layout(const ArrayView& array, ArgName name, const ArrayView& like, ArgName like_name) {
+    bool same = array.ndim == like.ndim && std::equal(array.shape, array.shape + array.ndim, like.shape);
+    if (!same) raise_value(name, "must have the shape of " + like_name.str());
+    if (is_c_contiguous(array) && is_c_contiguous(like)) return;
+    // A view without strides is C-contiguous; against one that is not, some stride differs.
+    same = array.strides != nullptr && like.strides != nullptr;
+    for (int d = 0; same && d < array.ndim; ++d) {
+        same = array.shape[d] == 1 || array.strides[d] / array.stride_unit == like.strides[d] / like.stride_unit;
+    }
+    if (!same && array.size != 0) raise_value(name, "must have the strides of " + like_name.str());
+}
+
+}  // namespace jointspar

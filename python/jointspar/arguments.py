@@ -1,0 +1,180 @@
+"""Normalises the scalar and per-tensor arguments of the operations; every error names the argument."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+FLOAT_NAMES = ("float32", "float64", "bfloat16", "float16")
+
+
+def sequence(name: str, value: Any) -> list[Any]:
+    """A list of arrays; a single array or a string is refused."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list of arrays, got {type(value).__name__}")
+    return list(value)
+
+
+def vector(name: str, value: Any, length: int | None = None) -> np.ndarray:
+    """float64 [length] on the host, from a torch tensor, NumPy array or sequence of numbers."""
+    array = _host_array(name, value)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected real numbers, got {array.dtype}")
+    return _one_dimension(name, np.ascontiguousarray(array, dtype=np.float64), length)
+
+
+def flags(name: str, value: Any, length: int) -> np.ndarray:
+    """bool [length]."""
+    array = _host_array(name, value)
+    if array.dtype != np.bool_ and array.size:
+        raise TypeError(f"{name}: expected bool, got {array.dtype}")
+    return _one_dimension(name, np.ascontiguousarray(array, dtype=np.bool_), length)
+
+
+def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarray:
+    """float64 [length] from one number or one a tensor; finite and at least `low`."""
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        try:
+            array = np.full(length, float(value))
+        except OverflowError:
+            raise ValueError(f"{name}: too large for a float") from None
+    elif isinstance(value, torch.Tensor) and value.ndim == 0:
+        array = np.full(length, vector(name, value.reshape(1))[0])
+    else:
+        array = vector(name, value, length)
+    if not np.isfinite(array).all() or (array < low).any():
+        raise ValueError(f"{name}: must be finite" + (f" and at least {low}" if np.isfinite(low) else ""))
+    return array
+
+
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """An integer in [low, high]."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number, got a bool")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name}: {number} is outside [{low}, {high}]")
+    return number
+
+
+def whole_layout(layout: Any, length: int | None) -> np.ndarray:
+    """int64 [length] element counts, each at least 0."""
+    array = _host_array("layout", layout)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"layout: expected whole numbers, got {array.dtype}")
+    sizes = _one_dimension("layout", np.ascontiguousarray(array, dtype=np.int64), length)
+    if (sizes < 0).any() or float(sizes.sum(dtype=np.float64)) >= 2.0**62:
+        raise ValueError("layout: sizes are at least 0 and their sum below 2**62")
+    return sizes
+
+
+def check_range(name: str, values: np.ndarray, low: float, high: float) -> None:
+    """Every value finite and in [low, high]."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: holds a NaN or infinity")
+    if values.size and (values.min() < low or values.max() > high):
+        raise ValueError(f"{name}: values must be in [{low:g}, {high:g}]")
+
+
+def sizes_of(name: str, arrays: Sequence[Any]) -> np.ndarray:
+    """int64 [num_tensors] element counts of arrays."""
+    counts = [element_count(f"{name}[{index}]", array) for index, array in enumerate(arrays)]
+    return np.array(counts, dtype=np.int64)
+
+
+def element_count(name: str, array: Any) -> int:
+    if isinstance(array, torch.Tensor):
+        return array.numel()
+    if isinstance(array, np.ndarray):
+        return array.size
+    hint = " (None needs layout=)" if array is None else ""
+    raise TypeError(f"{name}: expected a torch tensor or NumPy array, got {type(array).__name__}{hint}")
+
+
+def dtype_name(name: str, dtype: Any) -> str:
+    """The name of a torch, NumPy or named float dtype of the wire."""
+    text = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else ""
+    if not text:
+        try:
+            text = np.dtype(dtype).name
+        except TypeError:
+            raise TypeError(f"{name}: {dtype!r} is not a dtype") from None
+    if text not in FLOAT_NAMES:
+        raise ValueError(f"{name}: {text} is not one of {', '.join(FLOAT_NAMES)}")
+    return text
+
+
+def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
+    """An uninitialised 1-D buffer in the array library of `grads`."""
+    arrays = [grad for grad in grads if grad is not None]
+    if wire_dtype is None:
+        wide = any(str(array.dtype).endswith("float64") for array in arrays)
+        wire = "float64" if wide else "float32"
+    else:
+        wire = dtype_name("wire_dtype", wire_dtype)
+    if arrays and isinstance(arrays[0], np.ndarray):
+        if wire == "bfloat16":
+            raise TypeError("wire_dtype: NumPy has no bfloat16; pass torch tensors")
+        return np.empty(size, dtype=wire)
+    return torch.empty(size, dtype=getattr(torch, wire))
+
+
+def check_packed_kind(name: str, packed: Any, wire_dtype: Any) -> None:
+    """A 1-D array, of the wire dtype where one is asked for."""
+    if not isinstance(packed, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"{name}: expected a 1-D array, got {type(packed).__name__}")
+    if packed.ndim != 1:
+        raise ValueError(f"{name}: expected one dimension, got {packed.ndim}")
+    if wire_dtype is not None and str(packed.dtype).removeprefix("torch.") != dtype_name("wire_dtype", wire_dtype):
+        raise ValueError(f"{name}: its dtype {packed.dtype} is not wire_dtype")
+
+
+def like(array: Any, values: np.ndarray) -> Any:
+    """`values` in the array library of `array`."""
+    return torch.from_numpy(values) if isinstance(array, torch.Tensor) else values
+
+
+def copy_to(name: str, out: Any, values: np.ndarray) -> Any:
+    """Write `values` into the caller's array of the same shape and dtype."""
+    target = out.detach().numpy() if isinstance(out, torch.Tensor) and out.device.type == "cpu" else out
+    if not isinstance(target, np.ndarray) or target.dtype != values.dtype or target.shape != values.shape:
+        raise TypeError(f"{name}: expected a writable {values.dtype} array of shape {values.shape}")
+    if not target.flags.writeable:
+        raise ValueError(f"{name}: is read-only")
+    target[...] = values
+    increment_versions([out])
+    return out
+
+
+def increment_versions(arrays: Iterable[Any]) -> None:
+    """Tell autograd that tensors were written, as an in-place torch operation would."""
+    tensors = [array for array in arrays if isinstance(array, torch.Tensor) and not array.is_inference()]
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _host_array(name: str, value: Any) -> np.ndarray:
+    if value is None or isinstance(value, (str, bytes, dict, set)):
+        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}")
+    try:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu").numpy()
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, OverflowError) as error:
+        raise TypeError(f"{name}: cannot be read as an array of numbers ({error})") from None
+
+
+def _one_dimension(name: str, array: np.ndarray, length: int | None) -> np.ndarray:
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected one dimension, got {array.ndim}")
+    if length is not None and array.size != length:
+        raise ValueError(f"{name}: {array.size} values for {length}")
+    return array
+

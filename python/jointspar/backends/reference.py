@@ -1,0 +1,245 @@
+"""The readable truth: every operation in plain float64, slow. Oracle of the tests and the fallback that always works.
+
+It imports no fast code, so that an error there cannot hide here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from jointspar.backends.reference_arrays import (
+    FlatArray,
+    check_disjoint,
+    check_lengths,
+    check_same_layout,
+    check_size,
+    flat_arrays,
+    flat_buffer,
+    optional_flat_arrays,
+    slices,
+)
+from jointspar.backends.reference_probabilities import project_probabilities, sample_layers, update_probabilities
+
+__all__ = [
+    "add_packed",
+    "lars_update",
+    "pack_gradients",
+    "project_probabilities",
+    "sample_layers",
+    "sgd_update",
+    "squared_norms",
+    "unpack_gradients",
+    "update_probabilities",
+]
+
+Array = Any  # torch.Tensor or numpy.ndarray on the CPU
+
+
+def pack_gradients(grads: Sequence[Array | None], scales: np.ndarray, sizes: np.ndarray, packed: Array) -> np.ndarray:
+    """packed slice k = cast(grads[k] * scales[k]), zeros for None; mutates `packed`.
+
+    The product is formed in float32 (float64 where source or packed is float64), then rounded to the packed dtype.
+    Returns float64 [num_tensors]: squared norms before scaling.
+    """
+    target = flat_buffer("packed", packed, writable=True)
+    sources = optional_flat_arrays("grads", grads)
+    check_lengths(len(sources), scales=scales, sizes=sizes)
+    parts = slices("sizes", target, sizes)
+    for source, part in zip(sources, parts, strict=True):
+        if source is not None:
+            check_size(source, part.numel())
+    check_disjoint([target], sources)
+    norms = np.zeros(len(sources))
+    for k, (source, part) in enumerate(zip(sources, parts, strict=True)):
+        if source is None:
+            part.zero_()
+            continue
+        compute = _compute_dtype(source.values, part)
+        _store(part, source.values.to(compute) * torch.tensor(scales[k], dtype=compute))
+        norms[k] = _squared_norm(source.values)
+    return norms
+
+
+def unpack_gradients(packed: Array, outs: Sequence[Array], add: bool) -> None:
+    """outs[k] = packed slice k, or outs[k] += it; mutates `outs`. Sums round as in `pack_gradients`."""
+    source = flat_buffer("packed", packed)
+    targets = flat_arrays("outs", outs, writable=True)
+    sizes = np.array([target.values.numel() for target in targets], dtype=np.int64)
+    parts = slices("outs", source, sizes)
+    check_disjoint(targets, [source])
+    for target, part in zip(targets, parts, strict=True):
+        if add:
+            _add(target.values, part)
+        else:
+            _store(target.values, part)
+
+
+def add_packed(out: Array, packed: Array) -> None:
+    """out += packed, of one dtype and size; mutates `out`. 16-bit types are added in float32."""
+    target, source = flat_buffer("out", out, writable=True), flat_buffer("packed", packed)
+    if target.values.dtype != source.values.dtype:
+        raise TypeError(f"packed: {source.values.dtype}, but out is {target.values.dtype}")
+    check_size(source, target.values.numel())
+    check_disjoint([target], [source])
+    _add(target.values, source.values)
+
+
+def squared_norms(grads: Sequence[Array] | Array, sizes: np.ndarray | None) -> np.ndarray:
+    """float64 [num_tensors]: sum of squares of each array, or of each slice of a 1-D packed buffer."""
+    if not isinstance(grads, (list, tuple)):
+        if sizes is None:
+            raise TypeError("sizes: a packed buffer needs the sizes of its slices")
+        parts = slices("sizes", flat_buffer("grads", grads), sizes)
+    else:
+        flats = flat_arrays("grads", grads)
+        parts = [flat.values for flat in flats]
+        if sizes is not None:
+            check_lengths(len(flats), sizes=sizes)
+            for flat, size in zip(flats, sizes.tolist(), strict=True):
+                check_size(flat, size)
+    return np.array([_squared_norm(part) for part in parts], dtype=np.float64)
+
+
+def lars_update(
+    params: Sequence[Array],
+    momenta: Sequence[Array],
+    grads: Sequence[Array | None] | Array,
+    *,
+    hyper: np.ndarray,
+    adapt: np.ndarray,
+    nesterov: bool,
+    param_norms: np.ndarray,
+    grad_norms: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """LARS with momentum, in place on `params` and `momenta`.
+
+    local = trust_coefficient * ||w|| / (||g|| + weight_decay * ||w|| + eps); 1 where a norm is 0 or without adapt.
+
+    Args:
+        grads: arrays (None: zeros), or one packed 1-D buffer.
+        hyper: float64 [num_tensors, 5]: lr, momentum, weight_decay, trust_coefficient, eps.
+        adapt: bool [num_tensors].
+        param_norms, grad_norms: float64 [num_tensors], known norms; NaN: measured here.
+
+    Returns: float64 [num_tensors] each: ||g|| that was used, ||w|| after the update as stored.
+    Source: You, Gitman & Ginsburg 2017, with the learning rate outside the velocity as in torch.optim.
+    """
+    tensors = _update_tensors(params, momenta, grads)
+    check_lengths(len(tensors), hyper=hyper, adapt=adapt, param_norms=param_norms, grad_norms=grad_norms)
+    used_norms, norms_after = np.empty(len(tensors)), np.empty(len(tensors))
+    for k, (param, velocity, grad) in enumerate(tensors):
+        lr, momentum, weight_decay, trust_coefficient, eps = hyper[k].tolist()
+        param_norm = _norm(param) if np.isnan(param_norms[k]) else float(param_norms[k])
+        grad_norm = _norm(grad) if np.isnan(grad_norms[k]) else float(grad_norms[k])
+        local = 1.0
+        if adapt[k] and param_norm != 0.0 and grad_norm != 0.0:
+            local = trust_coefficient * param_norm / (grad_norm + weight_decay * param_norm + eps)
+        _momentum_step(param, velocity, grad, lr, momentum, weight_decay, local, nesterov)
+        used_norms[k], norms_after[k] = grad_norm, _norm(param)
+    return used_norms, norms_after
+
+
+def sgd_update(
+    params: Sequence[Array],
+    momenta: Sequence[Array],
+    grads: Sequence[Array | None] | Array,
+    *,
+    hyper: np.ndarray,
+    nesterov: bool,
+) -> np.ndarray:
+    """SGD with momentum as torch.optim.SGD (dampening 0), in place on `params` and `momenta`.
+
+    hyper: float64 [num_tensors, 3]: lr, momentum, weight_decay. Returns float64 [num_tensors]: ||g||.
+    """
+    tensors = _update_tensors(params, momenta, grads)
+    check_lengths(len(tensors), hyper=hyper)
+    grad_norms = np.empty(len(tensors))
+    for k, (param, velocity, grad) in enumerate(tensors):
+        lr, momentum, weight_decay = hyper[k].tolist()
+        grad_norms[k] = _norm(grad)
+        _momentum_step(param, velocity, grad, lr, momentum, weight_decay, 1.0, nesterov)
+    return grad_norms
+
+
+def _update_tensors(
+    params: Sequence[Array], momenta: Sequence[Array], grads: Sequence[Array | None] | Array
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(param, momentum, grad) of each tensor as flat views, everything checked; a None grad becomes zeros."""
+    weights, velocities = flat_arrays("params", params, writable=True), flat_arrays("momenta", momenta, writable=True)
+    check_lengths(len(weights), momenta=velocities)
+    for weight, velocity in zip(weights, velocities, strict=True):
+        check_same_layout(velocity, weight)
+        expected = torch.float64 if weight.values.dtype == torch.float64 else torch.float32
+        if velocity.values.dtype != expected:
+            raise TypeError(f"{velocity.name}: is {velocity.values.dtype}, expected {expected}")
+    grad_values, grad_arrays = _update_grads(weights, grads)
+    check_disjoint([*weights, *velocities], grad_arrays)
+    return [
+        (weight.values, velocity.values, grad)
+        for weight, velocity, grad in zip(weights, velocities, grad_values, strict=True)
+    ]
+
+
+def _update_grads(
+    weights: list[FlatArray], grads: Sequence[Array | None] | Array
+) -> tuple[list[torch.Tensor], Sequence[FlatArray | None]]:
+    """One flat gradient a tensor, and the arrays that they lie in."""
+    if not isinstance(grads, (list, tuple)):
+        packed = flat_buffer("grads", grads)
+        sizes = np.array([weight.values.numel() for weight in weights], dtype=np.int64)
+        return slices("params", packed, sizes), [packed]
+    sources = optional_flat_arrays("grads", grads)
+    check_lengths(len(weights), grads=sources)
+    for source, weight in zip(sources, weights, strict=True):
+        if source is not None:
+            check_same_layout(source, weight)
+    values = [
+        torch.zeros(weight.values.numel()) if source is None else source.values
+        for source, weight in zip(sources, weights, strict=True)
+    ]
+    return values, sources
+
+
+def _momentum_step(
+    param: torch.Tensor,
+    velocity: torch.Tensor,
+    grad: torch.Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    local: float,
+    nesterov: bool,
+) -> None:
+    """d = local * (g + weight_decay * w); u = momentum * u + d; w -= lr * (d + momentum * u if nesterov else u)."""
+    w = param.to(torch.float64)
+    d = local * (grad.to(torch.float64) + weight_decay * w)
+    u = momentum * velocity.to(torch.float64) + d
+    _store(velocity, u)
+    _store(param, w - lr * (d + momentum * u if nesterov else u))
+
+
+def _add(target: torch.Tensor, values: torch.Tensor) -> None:
+    compute = _compute_dtype(target, values)
+    _store(target, target.to(compute) + values.to(compute))
+
+
+def _compute_dtype(*arrays: torch.Tensor) -> torch.dtype:
+    return torch.float64 if any(array.dtype == torch.float64 for array in arrays) else torch.float32
+
+
+def _store(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Round to nearest even; float64 reaches the 16-bit types through float32, as in torch."""
+    target.copy_(values.to(torch.float32) if target.dtype.itemsize == 2 else values)
+
+
+def _squared_norm(values: torch.Tensor) -> float:
+    # NumPy sums in one thread: the same bits whatever the number of torch threads.
+    return float(np.square(values.to(torch.float64).numpy()).sum())
+
+
+def _norm(values: torch.Tensor) -> float:
+    return float(np.sqrt(_squared_norm(values)))

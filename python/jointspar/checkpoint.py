@@ -1,0 +1,259 @@
+"""Checkpoints that resume bit for bit: safetensors files and a JSON manifest with their SHA-256, replaced atomically.
+
+A checkpoint is a folder `step-00000042` in the directory that the user names, which all ranks must see:
+`shared.safetensors` (weights and momentum, written by rank 0), `rank-R.safetensors` (that rank's buffers, probabilities
+and random state) and `manifest.json`. It gets its name only when every byte is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from jointspar.comm.hashing import stable_hash
+from jointspar.comm.header import Op
+from jointspar.errors import CheckpointError
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_SHARED = "shared.safetensors"
+
+
+def save(
+    directory: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any = None,
+    extra: dict[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
+
+    Args:
+        directory: made where it is missing; a file system that all ranks see.
+        optimizer: JointSparLARS or JointSparSGD, outside of a synchronize/step pair.
+        keep: how many checkpoints stay; older ones are deleted after this one is complete.
+
+    Returns: the checkpoint's folder.
+    Raises: DesyncError where another rank does something else, OSError where the folder cannot be written.
+    """
+    directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
+    step = state["jointspar"]["step"]
+    final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
+    optimizer.meet(Op.SAVE)
+    if comm.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+    optimizer.meet(Op.SAVE)  # the folder is there
+    _write_tensors(partial / _rank_file(comm.rank), _rank_tensors(model, state))
+    if comm.rank == 0:
+        _write_tensors(partial / _SHARED, _shared_tensors(model, state))
+    optimizer.meet(Op.SAVE)  # every rank's file is there
+    if comm.rank == 0:
+        manifest = _manifest(partial, comm.world_size, state, scheduler, extra)
+        _write_bytes(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _sync_folder(directory)
+        for old in _checkpoints(directory)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    optimizer.meet(Op.SAVE)  # it has its name
+    return final
+
+
+def load(
+    directory: str | os.PathLike[str], *, model: torch.nn.Module, optimizer: Any, scheduler: Any = None
+) -> dict[str, Any]:
+    """Continue from the newest sound checkpoint in `directory`. Collective.
+
+    A damaged checkpoint is passed over with a warning for the one before it. Another world size is refused with
+    strategy="independent", whose probabilities are each rank's own; otherwise rank 0's buffers, probabilities and
+    random state go to every rank.
+
+    Returns: the `extra` that was saved.
+    Raises: CheckpointError where no sound checkpoint of this model is there; nothing was changed then.
+    """
+    folder, manifest, shared, own = _newest_sound(Path(directory), optimizer)
+    weights = _take(shared, "model.") | _take(own, "model.")
+    expected = model.state_dict()
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != {
+        name: tuple(tensor.shape) for name, tensor in expected.items()
+    }:
+        raise CheckpointError(f"{folder}: is of another model (names or shapes of its tensors differ)")
+    momenta = _take(shared, "momentum.")
+    if len(momenta) != sum(len(group["params"]) for group in optimizer.param_groups):
+        raise CheckpointError(f"{folder}: is of another optimizer ({len(momenta)} momentum buffers)")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])
+    optimizer.load_state_dict(
+        {
+            "state": {int(index): {"momentum_buffer": momentum} for index, momentum in momenta.items()},
+            "param_groups": manifest["param_groups"],
+            "jointspar": _unflatten(own),
+        }
+    )
+    if scheduler is not None:
+        scheduler.load_state_dict(manifest["scheduler"])
+    torch.set_rng_state(own["random_state"])
+    return dict(manifest["extra"])
+
+
+def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    candidates = _checkpoints(directory)
+    if not candidates:
+        raise CheckpointError(f"{directory}: holds no checkpoint")
+    problems = []
+    for folder in candidates:
+        try:
+            found = (folder, *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.sampling.strategy))
+        except CheckpointError as error:
+            problems.append(str(error))
+            warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
+            continue
+        optimizer.meet(Op.LOAD, stable_hash(folder.name))
+        return found
+    raise CheckpointError("; ".join(problems))
+
+
+def _read(folder: Path, rank: int, world_size: int, strategy: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Manifest and tensors of one checkpoint, every byte of it verified."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
+        if _digest_of(manifest) != manifest["digest"]:
+            raise CheckpointError(f"{folder / _MANIFEST}: is damaged (its digest differs)")
+        if manifest["world_size"] != world_size:
+            if strategy == "independent":
+                raise CheckpointError(
+                    f"{folder}: was saved by {manifest['world_size']} ranks, this job has {world_size}; "
+                    'with strategy="independent" each rank has its own probabilities, so start as many'
+                )
+            rank = 0
+        for name, expected in manifest["files"].items():
+            if _sha256(folder / name) != expected:
+                raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
+        shared = safetensors.torch.load_file(folder / _SHARED)
+        return manifest, shared, safetensors.torch.load_file(folder / _rank_file(rank))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _manifest(
+    folder: Path, world_size: int, state: dict[str, Any], scheduler: Any, extra: dict[str, Any] | None
+) -> dict[str, Any]:
+    names = [_SHARED, *(_rank_file(rank) for rank in range(world_size))]
+    manifest = {
+        "format": FORMAT,
+        "world_size": world_size,
+        "step": state["jointspar"]["step"],
+        "files": {name: _sha256(folder / name) for name in names},
+        "param_groups": [
+            {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+            for group in state["param_groups"]
+        ],
+        "scheduler": scheduler.state_dict() if scheduler is not None else None,
+        "extra": extra or {},
+    }
+    manifest["digest"] = _digest_of(manifest)
+    return manifest
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shared_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is the same on all ranks: weights and momentum."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict().items():
+        if name in parameters:
+            yield f"model.{name}", tensor
+    for index, entry in state["state"].items():
+        yield f"momentum.{index}", entry["momentum_buffer"]
+
+
+def _rank_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What each rank has of its own: buffers, distribution, counters, random state."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict().items():
+        if name not in parameters:
+            yield f"model.{name}", tensor
+    own = state["jointspar"]
+    for name, value in own["distribution"].items():
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+        yield f"distribution.{name}", tensor
+    yield "trainable", own["trainable"]
+    yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], dtype=torch.int64)
+    yield "random_state", torch.get_rng_state()
+
+
+def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
+    distribution: dict[str, Any] = {name: np.asarray(value) for name, value in _take(own, "distribution.").items()}
+    distribution["gradient_bound"] = float(distribution["gradient_bound"])
+    step, skipped = own["counters"].tolist()
+    return {
+        "step": step,
+        "skipped_in_a_row": skipped,
+        "trainable": own["trainable"],
+        "distribution": distribution,
+    }
+
+
+def _take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    return sorted((path for path in directory.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _write_tensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    contiguous = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
+    _write_bytes(path, safetensors.torch.save(contiguous))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that its name appears only with all of its content on disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

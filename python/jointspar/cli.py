@@ -1,0 +1,175 @@
+"""The command line: jointspar train | doctor | bench. torch is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank
+
+EXIT_USAGE = 2
+_SPEAKER_GRACE_SECONDS = 1.0
+
+
+class UsageError(ValueError):
+    """A wrong command line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 fine, 1 failed or not usable, 2 wrong flags or missing data."""
+    try:
+        parser = _make_parser()
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.command != "bench":
+            raise UsageError(f"jointspar {options.command}: unknown argument {rest[0]!r}; see --help")
+        if options.command == "train":
+            return _train(options)
+        return _doctor() if options.command == "doctor" else _bench(rest)
+    except UsageError as error:
+        return _refuse(str(error), is_speaker=launcher_rank() == 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of printing the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jointspar", description="Training with fewer computed and communicated layers per step.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,doctor,bench}")
+    train = commands.add_parser(
+        "train",
+        help="train a model, alone or under mpirun",
+        description="Train a model, alone or under `mpirun -n N`. Writes summary.json, metrics.jsonl, curves.png and "
+        "checkpoint/ into --out.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_train_flags(train)
+    commands.add_parser("doctor", help="say what was built, which MPI is used, and what to do about problems")
+    commands.add_parser("bench", help="run the benchmarks of a checkout; further arguments go to pytest", add_help=False)
+    return parser
+
+
+def _add_train_flags(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, required=True, help="folder for the results; made if needed")
+    run.add_argument("--dataset", metavar="D", help=f"{', '.join(DATASETS)} (default digits)")
+    run.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data files (default $JOINTSPAR_DATA/<dataset>)")
+    run.add_argument("--model", metavar="M", help=f"{', '.join(MODELS)} (default lenet5)")
+    run.add_argument("--method", metavar="M", help=f"{', '.join(METHODS)} (default jointspar-lars)")
+    run.add_argument("--epochs", type=int, metavar="E", help="default 30")
+    run.add_argument("--batch-size", type=int, metavar="N", help="samples per rank and step (default 64)")
+    run.add_argument("--seed", type=int, help="of weights, data order and layer draws (default 0)")
+    run.add_argument("--threads", type=int, help="torch threads per rank (default OMP_NUM_THREADS, else its share of the cores)")
+    run.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    run.add_argument("--log-every", type=int, metavar="N", help="steps between two step lines in metrics.jsonl (default 10)")
+    run.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps; --resume continues from there")
+    rate = parser.add_argument_group("optimizer and schedule")
+    rate.add_argument("--base-lr", type=float, metavar="LR", help=f"rate per 256 samples of the global batch (default {_default_rates()})")
+    rate.add_argument("--lr", type=float, help="rate after the warm-up, not scaled by the batch (instead of --base-lr)")
+    rate.add_argument("--warmup-epochs", type=float, metavar="E", help="linear warm-up from the base rate (default 5, at most a sixth of --epochs)")
+    rate.add_argument("--milestones", type=float, nargs="+", metavar="E", help="epochs at which the rate falls tenfold (default: 30, 50, 70 of 90, in proportion)")
+    rate.add_argument("--momentum", type=float, help="default 0.9")
+    rate.add_argument("--nesterov", action="store_true")
+    rate.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4")
+    rate.add_argument("--trust-coefficient", type=float, metavar="T", help="of the LARS methods (default 0.02)")
+    sampling = parser.add_argument_group("layer sampling (jointspar, jointspar-lars)")
+    sampling.add_argument("--budget", type=_budget, metavar="B", help="active layers per step: 0.5 is half of them, 3 is three, 1 is one, 1.0 is all (default 0.5)")
+    sampling.add_argument("--strategy", metavar="S", help="stratified (default), independent, shared")
+    sampling.add_argument("--draw", metavar="D", help="systematic (default), bernoulli")
+    sampling.add_argument("--distribution", metavar="D", help="norm (default), bandit, uniform")
+    sampling.add_argument("--bandit-lr", type=float, metavar="LR", help="step size of --distribution bandit (default 0.05)")
+    sampling.add_argument("--p-min", type=float, metavar="P", help="smallest probability of a layer")
+    sampling.add_argument("--inactive", metavar="I", help="what happens to layers that nobody computed: skip (default), decay")
+    sampling.add_argument("--lag", type=int, metavar="L", help="0 (default); 1 draws from the probabilities of the step before")
+    sampling.add_argument("--grouping", metavar="G", help="what a layer is: module (default), tensor")
+    wire = parser.add_argument_group("exchange")
+    wire.add_argument("--wire-dtype", metavar="T", help="of gradients in transit: float32, bfloat16, float16 (default: as the weights)")
+    wire.add_argument("--exchange", metavar="X", help="how gradients are summed over the ranks: auto (default), allreduce, ring")
+
+
+def _default_rates() -> str:
+    return ", ".join(f"{method.base_lr:g} for {name}" for name, method in METHODS.items())
+
+
+def _budget(text: str) -> int | float:
+    """An integer is a number of layers; anything with a dot or exponent is a fraction."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+_budget.__name__ = "number"  # what argparse calls the type when it refuses a value
+
+
+def _train(options: argparse.Namespace) -> int:
+    given = {field.name: getattr(options, field.name) for field in fields(TrainConfig) if hasattr(options, field.name)}
+    if "milestones" in given:
+        given["milestones"] = tuple(given["milestones"])
+    try:
+        config = TrainConfig(**given)
+    except ValueError as error:
+        raise UsageError(f"jointspar train: {error}") from error
+    _require_packages()
+    from jointspar.training.loop import SetupError, train
+
+    try:
+        train(config)
+    except SetupError as error:
+        return _refuse(f"jointspar train: {_with_flag_names(str(error))}", is_speaker=error.is_speaker)
+    return 0
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("matplotlib", "safetensors", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"jointspar train: needs {', '.join(missing)}: pip install 'jointspar[train]'")
+
+
+def _with_flag_names(message: str) -> str:
+    """The library's errors begin with the argument's name; on the command line that is a flag."""
+    found = re.match(r"(\w+): ", message)
+    names = {field.name for field in fields(TrainConfig)}
+    return flag(found[1]) + message[found.end(1) :] if found and found[1] in names else message
+
+
+def _doctor() -> int:
+    from jointspar.training.doctor import examine
+
+    return examine()
+
+
+def _bench(pytest_arguments: list[str]) -> int:
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    files = sorted(str(path) for path in folder.glob("bench_*.py"))
+    if not files:
+        raise UsageError(
+            "jointspar bench: needs a checkout of the sources, whose bench/ folder is not part of an installation: "
+            "clone the repository and run it from there"
+        )
+    return subprocess.run([sys.executable, "-m", "pytest", *files, *pytest_arguments], check=False).returncode
+
+
+def _refuse(message: str, *, is_speaker: bool) -> int:
+    """One rank speaks for all; the others give it time to, since a launcher ends the job when one rank fails."""
+    if is_speaker:
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SPEAKER_GRACE_SECONDS)
+    return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

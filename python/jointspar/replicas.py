@@ -1,0 +1,53 @@
+"""Keeps the ranks' copies of a model equal: weights at the start, batch-norm buffers when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from jointspar import comm as comm_module
+from jointspar.comm.hashing import stable_hash
+from jointspar.comm.header import Op, current_agreement
+from jointspar.comm.transport import Transport
+from jointspar.step.exchange.choose import choose
+
+
+@torch.no_grad()
+def broadcast_parameters(comm: Transport, parameters: Sequence[torch.Tensor]) -> None:
+    """Copy rank 0's weights to all ranks, in place, in one message per dtype. Collective."""
+    if comm.world_size == 1:
+        return
+    for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
+        same = [parameter for parameter in parameters if parameter.dtype == dtype]
+        flat = torch.cat([parameter.reshape(-1) for parameter in same])
+        comm.broadcast(flat, 0, what=f"weights of rank 0 ({dtype})")
+        _copy_back(flat, same)
+
+
+@torch.no_grad()
+def sync_buffers(model: torch.nn.Module, comm: Transport | None = None) -> None:
+    """Average a model's floating-point buffers (batch-norm statistics) over the ranks, in place. Collective.
+
+    Call it before evaluating or saving: in training every rank's statistics are of its own shard. Whole-number buffers
+    (num_batches_tracked) are left alone.
+
+    Raises: DesyncError where the ranks' buffers differ in number, shape or dtype, or another rank does something else.
+    """
+    comm = comm if comm is not None else comm_module.world()
+    if comm.world_size == 1:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    shapes = stable_hash([[list(buffer.shape), str(buffer.dtype)] for buffer in buffers])
+    count = sum(buffer.numel() for buffer in buffers)
+    agreement = current_agreement(comm)
+    agreement.go(Op.BUFFERS, step=agreement.step, count=count, dtype=torch.float64, hyper_hash=shapes)
+    if count:
+        flat = torch.cat([buffer.reshape(-1).to(torch.float64) for buffer in buffers])
+        choose("auto", comm, flat.dtype)(comm, flat, what="averaging buffers")
+        _copy_back(flat / comm.world_size, buffers)
+
+
+def _copy_back(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    for chunk, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True):
+        tensor.copy_(chunk.view(tensor.shape))

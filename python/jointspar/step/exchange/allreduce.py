@@ -1,0 +1,16 @@
+"""The sum by the transport's own collective."""
+
+from __future__ import annotations
+
+import torch
+
+from jointspar.comm.transport import Transport
+
+
+def allreduce(transport: Transport, packed: torch.Tensor, *, what: str) -> None:
+    """Sum `packed` over the ranks, in place, by the transport's allreduce.
+
+    packed: contiguous 1-D CPU tensor of a dtype that the transport sums; the same length on all ranks.
+    Raises TypeError for another dtype, CollectiveTimeout.
+    """
+    transport.allreduce(packed, what=what)

@@ -1,0 +1,148 @@
+"""Stage 0: parameters -> layers, the units that are sampled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+GROUPINGS = ("module", "tensor")
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)(?=\.)")
+_PARAMETRIZED = re.compile(r"\.?parametrizations\.[^.]+$")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one module: drawn, computed and sent together."""
+
+    name: str
+    parameters: tuple[int, ...]  # positions in Layers.parameters
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """All parameters of an optimizer, and how they form layers.
+
+    `layer_of` maps each parameter to its sampled layer; always-active parameters (normalisation) have -1.
+    """
+
+    parameters: tuple[torch.Tensor, ...]
+    names: tuple[str, ...]
+    sampled: tuple[Layer, ...]
+    always_active: tuple[Layer, ...]
+    layer_of: np.ndarray  # int64 [num_parameters]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sampled)
+
+    def wanted_parameters(self, active: np.ndarray) -> np.ndarray:
+        """bool [num_parameters]: those of active layers (bool [num_layers]) and the always-active ones."""
+        return np.append(active, True)[self.layer_of]
+
+    def sum_by_layer(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Add float64 values of the parameters at `positions` up to their layers; float64 [num_layers]."""
+        return np.bincount(self.layer_of[positions] + 1, weights=values, minlength=self.num_layers + 1)[1:]
+
+    def describe(self) -> list[tuple[object, ...]]:
+        """What ranks must agree on: for every layer its name, and each tensor's name, shape, strides and dtype."""
+        return [
+            (layer.name, layer in self.always_active, *(self._describe_tensor(index) for index in layer.parameters))
+            for layer in (*self.sampled, *self.always_active)
+        ]
+
+    def _describe_tensor(self, index: int) -> tuple[object, ...]:
+        tensor = self.parameters[index]
+        return (self.names[index], tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype))
+
+
+def named_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[tuple[str, torch.Tensor]]]:
+    """Read what an optimizer is given: (parameter groups for torch.optim, every parameter with its name, in order).
+
+    `params` holds (name, tensor) pairs, tensors, or groups of either; a tensor that comes again (tied) is dropped.
+    Unnamed parameters are layers of their own.
+    """
+    if isinstance(params, (torch.Tensor, dict, str)):
+        raise TypeError(f"params: expected named_parameters() or parameter groups, got {type(params).__name__}")
+    given = list(params)
+    groups = [dict(item) for item in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    named: list[tuple[str, torch.Tensor]] = []
+    seen: set[int] = set()
+    for group in groups:
+        members = group["params"]
+        own: list[tuple[str, torch.Tensor]] = []
+        for item in [members] if isinstance(members, torch.Tensor) else members:
+            name, tensor = item if isinstance(item, tuple) else (f"parameter{len(named) + len(own)}.tensor", item)
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                own.append((name, tensor))
+        named += own
+        group["params"] = [tensor for _, tensor in own]
+    return [group for group in groups if group["params"]], named
+
+
+def group_layers(named_parameters: Iterable[tuple[str, torch.Tensor]], grouping: str = "module") -> Layers:
+    """Form layers from the parameters that share a module.
+
+    A module that owns only tensors of one dimension (batch, layer or group normalisation) is always active: skipping
+    it saves nothing. `grouping="tensor"` makes each tensor a layer (the paper's literal reading). A tied tensor
+    belongs to its first name. Wrapper prefixes (`module.`, `_orig_mod.`) and weight_norm's parametrization are
+    looked through.
+
+    Raises ValueError for an unknown grouping, no parameters, or a parameter that is not dense floating point.
+    """
+    if grouping not in GROUPINGS:
+        raise ValueError(f"grouping: {grouping!r} is not one of {', '.join(GROUPINGS)}")
+    names, parameters = _clean_names(named_parameters)
+    if not parameters:
+        raise ValueError("params: no parameters to optimize")
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        members.setdefault(name if grouping == "tensor" else _module_of(name), []).append(index)
+    sampled: list[Layer] = []
+    always: list[Layer] = []
+    layer_of = np.full(len(parameters), -1, dtype=np.int64)
+    for key, indices in members.items():
+        layer = Layer(key or "(root)", tuple(indices), sum(parameters[index].numel() for index in indices))
+        if grouping == "tensor" or any(parameters[index].ndim >= 2 for index in indices):
+            layer_of[indices] = len(sampled)
+            sampled.append(layer)
+        else:
+            always.append(layer)
+    if not sampled:
+        raise ValueError('params: every layer is one-dimensional, nothing to sample (use grouping="tensor")')
+    return Layers(tuple(parameters), tuple(names), tuple(sampled), tuple(always), layer_of)
+
+
+def _clean_names(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[str], list[torch.Tensor]]:
+    """Look through wrappers' prefixes; tell apart different tensors of one name (of two models, say)."""
+    names: list[str] = []
+    parameters: list[torch.Tensor] = []
+    uses: dict[str, int] = {}
+    for name, parameter in named_parameters:
+        _check_parameter(name, parameter)
+        clean = _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".")
+        uses[clean] = uses.get(clean, 0) + 1
+        names.append(clean if uses[clean] == 1 else f"model{uses[clean]}.{clean}")
+        parameters.append(parameter)
+    return names, parameters
+
+
+def _check_parameter(name: str, parameter: torch.Tensor) -> None:
+    if not isinstance(parameter, torch.Tensor):
+        raise TypeError(f"params: {name!r} is not a tensor but {type(parameter).__name__}")
+    if not parameter.is_floating_point() or parameter.layout is not torch.strided:
+        raise ValueError(f"params: {name!r} must be a dense floating-point tensor, not {parameter.dtype}")
+    if torch.empty_like(parameter).stride() != parameter.stride():
+        raise ValueError(f"params: {name!r} is a view with gaps or overlaps; use parameter.contiguous()")
+    if parameter.device.type != "cpu":
+        raise ValueError(f"params: {name!r} is on {parameter.device}; this version's kernels run on the CPU")
+
+
+def _module_of(name: str) -> str:
+    return _PARAMETRIZED.sub("", name.rpartition(".")[0])

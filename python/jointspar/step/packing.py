@@ -1,0 +1,111 @@
+"""Stage 3: local gradients <-> one flat buffer, and the layout of that buffer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from jointspar import ops
+from jointspar.arguments import dtype_name
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which parameters a packed buffer holds, in order, each as one slice without padding."""
+
+    positions: np.ndarray  # int64 [num_slices], into the parameters
+    sizes: np.ndarray  # int64 [num_slices], elements
+    total: int
+
+
+class Packer:
+    """Packs the gradients of active layers into a buffer that is allocated once."""
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], names: Sequence[str], wire_dtype: torch.dtype | str | None
+    ) -> None:
+        self._parameters = parameters
+        self._names = names
+        self._sizes = np.array([parameter.numel() for parameter in parameters], dtype=np.int64)
+        wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+        exact = torch.float64 if wide else torch.float32
+        self.wire_dtype = exact if wire_dtype is None else getattr(torch, dtype_name("wire_dtype", wire_dtype))
+        self._buffer = torch.empty(0, dtype=self.wire_dtype)
+        self._warned: set[int] = set()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a buffer that holds every parameter."""
+        return int(self._sizes.sum()) * self.wire_dtype.itemsize
+
+    def layout(self, wanted: np.ndarray) -> PackedLayout:
+        """The layout that holds the `wanted` parameters, bool [num_parameters]."""
+        positions = np.flatnonzero(wanted)
+        sizes = self._sizes[positions]
+        return PackedLayout(positions, sizes, int(sizes.sum()))
+
+    def pack(self, layout: PackedLayout, computed: np.ndarray, scales: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Pack this rank's gradients, scaled, in one pass.
+
+        Args:
+            computed: bool [num_parameters], those that this rank was to compute; the others pack zeros.
+            scales: float64 [num_parameters].
+
+        Returns: (packed [layout.total] of the wire dtype, squared norms float64 [num_slices] before scaling).
+        An active parameter without a gradient packs zeros and warns once.
+        """
+        if self._buffer.numel() < layout.total:
+            self._buffer = torch.empty(layout.total, dtype=self.wire_dtype)
+        packed = self._buffer[: layout.total]
+        grads = [self._grad(position) if computed[position] else None for position in layout.positions.tolist()]
+        _, squared_norms = ops.pack_gradients(grads, scales[layout.positions], layout=layout.sizes, out=packed)
+        return packed, np.asarray(squared_norms)
+
+    def unpack_views(self, layout: PackedLayout, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of the buffer's slices by parameter name, in the parameters' shapes."""
+        views = {}
+        offset = 0
+        for position, size in zip(layout.positions.tolist(), layout.sizes.tolist(), strict=True):
+            parameter = self._parameters[position]
+            views[self._names[position]] = packed[offset:].as_strided(parameter.shape, parameter.stride())
+            offset += size
+        return views
+
+    def _grad(self, position: int) -> torch.Tensor | None:
+        """A parameter's gradient in the parameter's own memory order."""
+        parameter = self._parameters[position]
+        grad = parameter.grad
+        if grad is None:
+            if position not in self._warned:
+                self._warned.add(position)
+                name = self._names[position]
+                warnings.warn(f"{name} was active but got no gradient (unused?); it counts as zero", stacklevel=4)
+            return None
+        if grad.layout is not torch.strided:
+            name = self._names[position]
+            raise ValueError(f"{name} has a sparse gradient; use a dense one (Embedding(sparse=False))")
+        if grad.stride() != parameter.stride():
+            grad = torch.empty_like(parameter, dtype=grad.dtype, requires_grad=False).copy_(grad)
+        return grad
+
+
+def gradient_scales(
+    strategy: str, drawn_probabilities: np.ndarray, counts: np.ndarray, world_size: int
+) -> np.ndarray:
+    """Factors that make the sum over ranks an unbiased mean gradient; float64 [num_layers].
+
+    1 / (p * M) where ranks draw by themselves or all alike, 1 / (k * min(1, M * p)) for the k ranks of a stratified
+    draw. 0 where nobody computed the layer.
+
+    Args:
+        counts: int64 [num_layers], the number of ranks k that computed each layer.
+    """
+    if strategy == "stratified":
+        divisor = counts * np.minimum(1.0, world_size * drawn_probabilities)
+    else:
+        divisor = world_size * drawn_probabilities
+    return np.divide(1.0, divisor, out=np.zeros(divisor.size), where=counts > 0)

@@ -1,0 +1,157 @@
+"""Stage 6: gradient norms -> the distribution of the next draws (Algorithm 1 and its alternatives)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jointspar import ops
+
+EMA_DECAY = 0.9
+_TINY = 1e-12  # floor of a layer's mean square, relative to the largest
+
+
+class LayerDistribution:
+    """Probabilities of the layers of one rank (or of all, where the strategy shares them).
+
+    Frozen layers have probability 0 and stand outside the budget; a fractional budget is a fraction of the others.
+
+    Args:
+        sampling: any object with the fields of `Sampling`.
+        num_layers: D.
+        eligible: bool [num_layers], layers that may be drawn.
+    """
+
+    def __init__(self, sampling: Any, num_layers: int, eligible: np.ndarray) -> None:
+        self._sampling = sampling
+        self.eligible = eligible.copy()
+        self.gradient_bound = 0.0
+        self.norm_ema = np.zeros(num_layers)
+        self.norm_count = np.zeros(num_layers, dtype=np.int64)
+        self.probabilities = np.zeros(num_layers)
+        self._set_constraints()
+        self.probabilities[eligible] = min(1.0, self._budget / max(1, int(eligible.sum())))
+        self.drawn_probabilities = self.probabilities.copy()
+
+    def update(self, squared_norms: np.ndarray, observed: np.ndarray) -> None:
+        """Learn from the squared norms of the layers that were observed in this step.
+
+        Args:
+            squared_norms: float64 [num_layers], of unscaled gradients; read where observed.
+            observed: bool [num_layers].
+        """
+        seen = observed & self.eligible
+        if self._sampling.distribution == "norm":
+            self._update_by_norm(squared_norms, seen)
+        elif self._sampling.distribution == "bandit":
+            self._update_by_bandit(squared_norms, seen)
+
+    def set_eligible(self, eligible: np.ndarray) -> None:
+        """Take layers out or in (frozen or thawed by the user); the others keep their proportions."""
+        newcomers = eligible & ~self.eligible
+        self.eligible = eligible.copy()
+        self._set_constraints()
+        self.probabilities[~eligible] = 0.0
+        if not eligible.any():
+            return
+        known = self.probabilities[eligible & ~newcomers]
+        self.probabilities[newcomers] = known.mean() if known.size else 1.0
+        self._project(np.log(self.probabilities[eligible]))
+
+    def draw_from(self, lagged: np.ndarray) -> np.ndarray:
+        """The probabilities that the next draw uses: today's, or with lag=1 those before the last update."""
+        source = lagged if self._sampling.lag else self.probabilities
+        self.drawn_probabilities = np.where(self.eligible & (source > 0.0), source, self.probabilities)
+        return self.drawn_probabilities
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later updates depend on."""
+        return {
+            "probabilities": self.probabilities.copy(),
+            "drawn_probabilities": self.drawn_probabilities.copy(),
+            "gradient_bound": self.gradient_bound,
+            "norm_ema": self.norm_ema.copy(),
+            "norm_count": self.norm_count.copy(),
+            "eligible": self.eligible.copy(),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state of another number of layers."""
+        if len(state["probabilities"]) != self.probabilities.size:
+            raise ValueError(f"state has {len(state['probabilities'])} layers, not {self.probabilities.size}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`, once `check_state` has passed it."""
+        for name in ("probabilities", "drawn_probabilities", "norm_ema"):
+            setattr(self, name, np.array(state[name], dtype=np.float64))
+        self.norm_count = np.array(state["norm_count"], dtype=np.int64)
+        self.eligible = np.array(state["eligible"], dtype=bool)
+        self.gradient_bound = float(state["gradient_bound"])
+        self._set_constraints()
+
+    def _set_constraints(self) -> None:
+        num_frozen = int((~self.eligible).sum())
+        self._budget, self._p_min = self._sampling.constraints(self.eligible.size, num_frozen)
+
+    def _update_by_bandit(self, squared_norms: np.ndarray, seen: np.ndarray) -> None:
+        inside = self.eligible
+        if not inside.any():
+            return
+        self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
+            self.probabilities[inside],
+            squared_norms[inside],
+            seen[inside],
+            gradient_bound=self.gradient_bound,
+            budget=self._budget,
+            p_min=self._p_min,
+            bandit_lr=self._sampling.bandit_lr,
+            shift=self._sampling.shift,
+            drawn_probabilities=self.drawn_probabilities[inside],
+        )
+
+    def _update_by_norm(self, squared_norms: np.ndarray, seen: np.ndarray) -> None:
+        """p proportional to the root of the bias-corrected mean square, which minimises sum ||g_d||^2 / p_d."""
+        self.norm_ema[seen] = EMA_DECAY * self.norm_ema[seen] + (1.0 - EMA_DECAY) * squared_norms[seen]
+        self.norm_count[seen] += 1
+        known = (self.norm_count > 0) & self.eligible
+        if not known.any():
+            return
+        mean_square = np.zeros_like(self.norm_ema)
+        mean_square[known] = self.norm_ema[known] / (1.0 - EMA_DECAY ** self.norm_count[known])
+        mean_square[~known] = mean_square[known].mean()
+        largest = mean_square[self.eligible].max()
+        if largest > 0.0:
+            self._project(0.5 * np.log(np.maximum(mean_square[self.eligible], _TINY * largest)))
+
+    def _project(self, log_weights: np.ndarray) -> None:
+        self.probabilities[self.eligible] = ops.project_probabilities(
+            log_weights, budget=self._budget, p_min=self._p_min
+        )
+
+
+def observed_norms(
+    strategy: str,
+    *,
+    active: np.ndarray,
+    counts: np.ndarray,
+    local: np.ndarray,
+    gathered: np.ndarray,
+    mean_grad: np.ndarray,
+    drawn_probabilities: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What Algorithm 1 learns from in each strategy: (squared norms float64 [num_layers], observed bool [num_layers]).
+
+    Args:
+        active: bool [num_layers], this rank's.
+        counts: int64 [num_layers], ranks that computed each layer.
+        local: float64 [num_layers], squared norms of this rank's unscaled gradients.
+        gathered: float64 [world_size, num_layers], `local` of every rank (stratified).
+        mean_grad: float64 [num_layers], squared norms of the exchanged gradient (shared).
+        drawn_probabilities: float64 [num_layers].
+    """
+    if strategy == "independent":
+        return local, active
+    if strategy == "stratified":
+        return gathered.sum(axis=0) / np.maximum(counts, 1), counts > 0
+    return np.square(drawn_probabilities) * mean_grad, active

@@ -1,0 +1,113 @@
+"""Stage 1: probabilities -> active, the layers that this rank computes in this step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jointspar import ops
+
+DISTRIBUTIONS = ("bandit", "norm", "uniform")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How layers are drawn, and how the distribution that they are drawn from is learnt.
+
+    Args:
+        budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
+        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5). Prefer p_min >= 1 / world_size.
+        strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
+            one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
+        draw: "systematic" (floor or ceil of budget layers each time) or "bernoulli" (the paper: layers independent).
+        distribution: "bandit" (the paper's Algorithm 1), "norm" (proportional to the gradient norms) or "uniform".
+        bandit_lr: step size of Algorithm 1.
+        shift: the paper's literal non-negative loss in Algorithm 1.
+        lag: 1 draws from the probabilities of the step before, so that a device need not wait for the last update.
+        seed: key of the random numbers; the same on all ranks.
+        grouping: "module" or "tensor", see `group_layers`.
+
+    Source: Liu & Mozafari 2022, Algorithms 1 and 2; "stratified", "shared", "systematic", "norm" and lag are extensions.
+    """
+
+    budget: float = 0.5
+    p_min: float | None = None
+    strategy: str = "stratified"
+    draw: str = "systematic"
+    distribution: str = "norm"
+    bandit_lr: float = 0.05
+    shift: bool = False
+    lag: int = 0
+    seed: int = 0
+    grouping: str = "module"
+
+    def __post_init__(self) -> None:
+        _check_choice("strategy", self.strategy, ops.STRATEGIES)
+        _check_choice("draw", self.draw, ops.DRAWS)
+        _check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        _check_choice("grouping", self.grouping, ("module", "tensor"))
+        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
+            raise TypeError(f"budget: expected a count (int) or a fraction (float), got {self.budget!r}")
+        if isinstance(self.budget, float) and not 0.0 < self.budget <= 1.0:
+            raise ValueError(f"budget: the fraction {self.budget} is not in (0, 1]; a count of layers is an int")
+        if isinstance(self.budget, int) and self.budget < 1:
+            raise ValueError(f"budget: a count of layers is at least 1, got {self.budget}")
+        if self.p_min is not None and not 0.0 < self.p_min <= 1.0:
+            raise ValueError(f"p_min: {self.p_min} is not in (0, 1]")
+        if not (self.bandit_lr >= 0.0 and np.isfinite(self.bandit_lr)):
+            raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
+        if self.lag not in (0, 1):
+            raise ValueError(f"lag: {self.lag} is not 0 or 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: {self.seed!r} is not a whole number in [0, 2**64)")
+
+    @classmethod
+    def paper(cls, budget: float, **overrides: Any) -> Sampling:
+        """The paper's literal choices: every tensor a layer, independent Bernoulli draws, Algorithm 1 with its shift."""
+        choices: dict[str, Any] = dict(
+            strategy="independent", draw="bernoulli", distribution="bandit", shift=True, grouping="tensor"
+        )
+        return cls(budget=budget, **(choices | overrides))
+
+    def constraints(self, num_layers: int, num_frozen: int = 0) -> tuple[float, float]:
+        """(budget as a number of layers, p_min) for `num_layers` of which some are frozen and cannot be drawn.
+
+        Raises ValueError for a count above num_layers, or a p_min above the budget's share a layer.
+        """
+        if isinstance(self.budget, int) and self.budget > num_layers:
+            raise ValueError(f"budget: {self.budget} layers of {num_layers} is more than all of them")
+        drawable = num_layers - num_frozen
+        if drawable == 0:
+            return 0.0, 1.0
+        expected = self.budget * drawable if isinstance(self.budget, float) else float(min(self.budget, drawable))
+        share = expected / drawable
+        if self.p_min is None:
+            return expected, min(0.1, share / 2.5)
+        if self.p_min > share * (1.0 + 1e-9) and not num_frozen:
+            raise ValueError(f"p_min: {self.p_min} is more than the budget's share of {share:.4g} a layer")
+        return expected, min(self.p_min, share)
+
+
+def draw_layers(
+    probabilities: np.ndarray, sampling: Sampling, *, step: int, rank: int, world_size: int
+) -> np.ndarray:
+    """The active layers of this rank, bool [num_layers]; a layer of probability 0 (frozen) is never drawn."""
+    eligible = probabilities > 0.0
+    active = np.zeros(probabilities.size, dtype=bool)
+    active[eligible] = ops.sample_layers(
+        probabilities[eligible],
+        seed=sampling.seed,
+        step=step,
+        rank=rank,
+        world_size=world_size,
+        strategy=sampling.strategy,
+        draw=sampling.draw,
+    )
+    return active
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")

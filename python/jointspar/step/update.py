@@ -1,0 +1,152 @@
+"""Stage 5: mean_grad -> weights and momentum. Owns the norms that LARS carries from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from jointspar import ops
+
+REMEASURE_EVERY = 100  # steps after which carried norms are measured again
+
+
+class HyperParameters:
+    """The parameter groups' settings as one row of float64 per parameter."""
+
+    def __init__(self, param_groups: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor], names: Sequence[str]):
+        self._groups = param_groups
+        self.names = tuple(names)
+        position_of = {id(parameter): position for position, parameter in enumerate(parameters)}
+        self._group_of = np.zeros(len(parameters), dtype=np.int64)
+        for group_index, group in enumerate(param_groups):
+            for parameter in group["params"]:
+                self._group_of[position_of[id(parameter)]] = group_index
+        self._is_vector = np.array([parameter.ndim <= 1 for parameter in parameters], dtype=bool)
+
+    def read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Current values for the parameters at `positions`, float64 [len(positions)] by name."""
+        rows = np.array(self.table())[self._group_of[positions]]
+        return {name: rows[:, column] for column, name in enumerate(self.names)}
+
+    def check(self) -> None:
+        """Raises ValueError for a setting that no update could use."""
+        for group in self._groups:
+            for name in self.names:
+                value = float(group[name])
+                if not (np.isfinite(value) and value >= 0.0):
+                    raise ValueError(f"{name}: {value} is not finite and at least 0")
+            if group["nesterov"] and group["momentum"] <= 0.0:
+                raise ValueError("nesterov: needs a momentum above 0")
+        if len({bool(group["nesterov"]) for group in self._groups}) > 1:
+            raise ValueError("nesterov: must be the same in all parameter groups")
+
+    def table(self) -> list[list[float]]:
+        """Current values, one row a group: what ranks must agree on before each exchange."""
+        return [[float(group[name]) for name in self.names] for group in self._groups]
+
+    def treated_as_vectors(self, positions: np.ndarray) -> np.ndarray:
+        """bool [len(positions)]: tensors of one dimension in groups that leave those out of LARS and decay."""
+        left_out = np.array([not group.get("adapt_vectors", True) for group in self._groups], dtype=bool)
+        return self._is_vector[positions] & left_out[self._group_of[positions]]
+
+
+class LarsUpdate:
+    """LARS on slices of a packed buffer; carries ||w|| so that each step reads the weights once.
+
+    Somebody else may write the weights between steps: a changed version counter or storage has the norm measured
+    again, and all norms are measured every 100 steps. Writes through `parameter.data` change no counter and are
+    noticed only then.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]) -> None:
+        self._parameters = parameters
+        self._momenta = momenta
+        self._norms = np.full(len(parameters), np.nan)
+        self._versions = np.full(len(parameters), -1, dtype=np.int64)
+        self._pointers = np.zeros(len(parameters), dtype=np.int64)
+        self._steps = 0
+
+    def apply(
+        self,
+        positions: np.ndarray,
+        grads: torch.Tensor | None,
+        grad_norms: np.ndarray | None,
+        hyper: HyperParameters,
+        nesterov: bool,
+    ) -> None:
+        """Update the parameters at `positions`, in place with their momenta.
+
+        Args:
+            positions: int64 [num_slices].
+            grads: packed mean gradients in that order; None: zero gradients, not adapted (inactive="decay").
+            grad_norms: float64 [num_slices], norms of the slices.
+        """
+        parameters = [self._parameters[position] for position in positions.tolist()]
+        values = hyper.read(positions)
+        left_out = hyper.treated_as_vectors(positions)
+        values["weight_decay"] = np.where(left_out, 0.0, values["weight_decay"])
+        adapt = ~left_out if grads is not None else np.zeros(positions.size, dtype=bool)
+        norms = ops.lars_update(
+            parameters,
+            [self._momenta[position] for position in positions.tolist()],
+            grads if grads is not None else [None] * positions.size,
+            nesterov=nesterov,
+            adapt=adapt,
+            param_norms=self._carried(positions, parameters),
+            grad_norms=grad_norms,
+            **values,
+        )
+        self._norms[positions] = np.asarray(norms.param_norms_after)
+        self._versions[positions] = [parameter._version for parameter in parameters]
+        self._pointers[positions] = [parameter.data_ptr() for parameter in parameters]
+
+    def _carried(self, positions: np.ndarray, parameters: list[torch.Tensor]) -> np.ndarray:
+        self._steps += 1
+        if self._steps % REMEASURE_EVERY == 0:
+            self._norms[:] = np.nan
+        same = self._versions[positions] == [parameter._version for parameter in parameters]
+        same &= self._pointers[positions] == [parameter.data_ptr() for parameter in parameters]
+        return np.where(same, self._norms[positions], np.nan)
+
+
+class SgdUpdate:
+    """SGD with momentum on slices of a packed buffer."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]) -> None:
+        self._parameters = parameters
+        self._momenta = momenta
+
+    def apply(
+        self,
+        positions: np.ndarray,
+        grads: torch.Tensor | None,
+        grad_norms: np.ndarray | None,
+        hyper: HyperParameters,
+        nesterov: bool,
+    ) -> None:
+        """As `LarsUpdate.apply`; the norms are not needed."""
+        ops.sgd_update(
+            [self._parameters[position] for position in positions.tolist()],
+            [self._momenta[position] for position in positions.tolist()],
+            grads if grads is not None else [None] * positions.size,
+            nesterov=nesterov,
+            **hyper.read(positions),
+        )
+
+
+def slice_norms(packed: torch.Tensor, sizes: np.ndarray) -> np.ndarray:
+    """Norms of the slices of a packed buffer, float64 [num_slices]; not finite exactly where a slice is not."""
+    return np.sqrt(np.asarray(ops.squared_norms(packed, layout=sizes)))
+
+
+def clip_packed(packed: torch.Tensor, norms: np.ndarray, max_norm: float) -> np.ndarray:
+    """Scale a packed gradient, in place, to a total norm of at most `max_norm`; returns the slices' norms after it."""
+    total = float(np.sqrt(np.square(norms).sum()))
+    factor = min(1.0, max_norm / (total + 1e-6))
+    if factor < 1.0:
+        packed.mul_(factor)
+        norms = norms * factor
+    return norms

@@ -1,0 +1,1 @@
+"""The training application behind `jointspar train`: config, data, models, loop, records, plots."""

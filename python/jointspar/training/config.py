@@ -1,0 +1,194 @@
+"""What a training run is made of. Imports no torch, so that the command line answers quickly."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Method(NamedTuple):
+    """One value of --method."""
+
+    is_layerwise: bool  # LARS: a trust ratio per tensor
+    is_sparse: bool  # JointSpar: some layers per step
+    base_lr: float
+
+
+METHODS = {
+    "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.1),
+    "lars": Method(is_layerwise=True, is_sparse=False, base_lr=1.0),
+    "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.1),
+    "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=1.0),
+}
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+MODELS = ("lenet5", "resnet20", "resnet18", "resnet50")
+DEFAULT_TRUST_COEFFICIENT = 0.02  # of the LARS methods
+
+# Fields that act only where layers are left out, and become js.Sampling's or the optimizer's arguments of that name.
+SAMPLING_FIELDS = ("budget", "strategy", "draw", "distribution", "bandit_lr", "p_min", "lag", "grouping")
+SPARSE_FIELDS = (*SAMPLING_FIELDS, "inactive")
+# Fields that may change between a run and its continuation; all others decide what is learned.
+FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs")
+
+# Goyal et al. train 90 epochs: 5 of warm-up, steps after 30, 50 and 70.
+_PAPER_MILESTONES = (30 / 90, 50 / 90, 70 / 90)
+_WARMUP_FRACTION, _LONGEST_WARMUP = 1 / 6, 5
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one run, checked at construction. None means the default of the library or of the method.
+
+    budget: int = expected number of active layers, float <= 1 = fraction of the layers. batch_size: per rank.
+    base_lr: rate per 256 samples of the global batch; lr: the rate after warm-up itself. Give one of them.
+    max_steps: stop early after so many steps, the schedule unchanged. threads: torch threads of this rank.
+    A field that the method does not use is an error. Raises ValueError naming the flag.
+    """
+
+    out: Path
+    dataset: str = "digits"
+    model: str = "lenet5"
+    method: str = "jointspar-lars"
+    budget: int | float | None = None
+    strategy: str | None = None
+    draw: str | None = None
+    distribution: str | None = None
+    bandit_lr: float | None = None
+    p_min: float | None = None
+    lag: int | None = None
+    grouping: str | None = None
+    inactive: str | None = None
+    wire_dtype: str | None = None
+    exchange: str | None = None
+    epochs: int = 30
+    warmup_epochs: float | None = None
+    milestones: tuple[float, ...] | None = None
+    batch_size: int = 64
+    base_lr: float | None = None
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    trust_coefficient: float | None = None
+    nesterov: bool = False
+    seed: int = 0
+    threads: int | None = None
+    data_dir: Path | None = None
+    resume: bool = False
+    log_every: int = 10
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("--dataset", self.dataset, DATASETS)
+        _check_choice("--model", self.model, MODELS)
+        _check_choice("--method", self.method, tuple(METHODS))
+        self._check_numbers()
+        self._check_budget()
+        self._check_that_every_flag_acts()
+
+    def _check_numbers(self) -> None:
+        for name in ("epochs", "batch_size", "threads", "log_every", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+        for name in ("base_lr", "lr", "trust_coefficient"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{flag(name)} must be positive and finite, got {value}")
+        for name in ("weight_decay", "warmup_epochs", "seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{flag(name)} must be at least 0 and finite, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum must be in [0, 1), got {self.momentum}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("--nesterov needs a --momentum above 0")
+        steps = list(self.milestones or ())
+        if steps != sorted(steps) or any(not epoch > 0 for epoch in steps):
+            raise ValueError(f"--milestones must be positive and ascending, got {' '.join(map(str, steps))}")
+
+    def _check_budget(self) -> None:
+        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
+            raise ValueError(
+                f"--budget {self.budget} is out of range: give a fraction in (0, 1] such as 0.5, or a whole number of layers"
+            )
+        if isinstance(self.budget, int) and self.budget < 1:
+            raise ValueError(f"--budget {self.budget} is out of range: give at least 1 layer, or a fraction such as 0.5")
+
+    def _check_that_every_flag_acts(self) -> None:
+        method = METHODS[self.method]
+        idle = [name for name in SPARSE_FIELDS if not method.is_sparse and getattr(self, name) is not None]
+        if idle:
+            raise ValueError(
+                f"{flag(idle[0])} does not act with --method {self.method}, which computes every layer: "
+                "leave it out, or use --method jointspar or jointspar-lars"
+            )
+        if self.trust_coefficient is not None and not method.is_layerwise:
+            raise ValueError(
+                f"--trust-coefficient does not act with --method {self.method}: leave it out, or use a LARS method"
+            )
+        if self.bandit_lr is not None and self.distribution != "bandit":
+            raise ValueError("--bandit-lr acts only with --distribution bandit: add that, or leave it out")
+        if self.lr is not None and self.base_lr is not None:
+            raise ValueError("--lr and --base-lr exclude each other: --lr is the rate itself, --base-lr is per 256 samples")
+
+    def scaled_base_lr(self, world_size: int) -> float:
+        """The rate per 256 samples of the global batch."""
+        if self.lr is not None:
+            return self.lr * 256 / (world_size * self.batch_size)
+        return METHODS[self.method].base_lr if self.base_lr is None else self.base_lr
+
+    def warmup(self) -> float:
+        """Epochs of warm-up: 5, or a sixth of a short run."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return min(_LONGEST_WARMUP, self.epochs * _WARMUP_FRACTION)
+
+    def schedule_milestones(self) -> tuple[float, ...]:
+        """Epochs at which the rate falls tenfold: 30, 50, 70 of 90, in proportion."""
+        if self.milestones is not None:
+            return self.milestones
+        return tuple(self.epochs * fraction for fraction in _PAPER_MILESTONES)
+
+    def identity(self) -> dict[str, object]:
+        """The settings that decide what is learned, as JSON values; a continuation must have the same."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE_FIELDS}
+        return values | {"warmup_epochs": self.warmup(), "milestones": list(self.schedule_milestones())}
+
+
+def flag(field_name: str) -> str:
+    """The command line's name of a field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def threads_per_rank() -> int:
+    """Torch threads of this rank when --threads is not given: OMP_NUM_THREADS, else its share of the host's cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return max(1, usable_cores() // local_ranks())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_ranks() -> int:
+    """Ranks that the launcher started on this host; 1 without a launcher."""
+    return _launcher_number(("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"), 1)
+
+
+def launcher_rank() -> int:
+    """This process's rank by the launcher's variables, before any communication; 0 without a launcher."""
+    return _launcher_number(("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK"), 0)
+
+
+def _launcher_number(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+
+
+def _check_choice(flag_name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{flag_name} {value!r} is unknown: choose from {', '.join(choices)}")

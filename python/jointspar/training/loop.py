@@ -1,0 +1,355 @@
+"""The training loop behind `jointspar train`: an ordinary PyTorch loop around a jointspar optimizer."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+import jointspar as js
+from jointspar.comm.transport import Transport
+from jointspar.training.config import (
+    DEFAULT_TRUST_COEFFICIENT,
+    METHODS,
+    SAMPLING_FIELDS,
+    TrainConfig,
+    launcher_rank,
+    threads_per_rank,
+)
+from jointspar.training.datasets import Dataset, ShardedBatches, load_dataset
+from jointspar.training.models import build_model
+from jointspar.training.plots import plot_run
+from jointspar.training.records import (
+    CHECKPOINT_FOLDER,
+    CURVES_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    Display,
+    MetricsFile,
+    Summary,
+    epoch_line,
+    read_metrics,
+    write_summary,
+)
+
+_EVALUATION_BATCH = 500
+
+
+class SetupError(ValueError):
+    """The run cannot start as configured; raised on every rank alike. `is_speaker` marks the rank to report it."""
+
+    def __init__(self, message: str, *, is_speaker: bool) -> None:
+        super().__init__(message)
+        self.is_speaker = is_speaker
+
+
+@dataclass
+class Progress:
+    """How far a run has come; equal on all ranks whenever it is saved. Sums are over steps, loss over this epoch."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the next epoch that are already done
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    bytes_sent: float = 0.0
+    bytes_dense: float = 0.0
+    active_sum: float = 0.0
+    skipped_steps: int = 0
+    train_loss: float = float("nan")
+    test_accuracy: float = float("nan")
+
+
+def train(config: TrainConfig) -> Summary:
+    """Train one model and write config.out/{summary.json, metrics.jsonl, curves.png, checkpoint/}.
+
+    Collective: every rank of `js.comm.world()` calls it with the same config; only rank 0 writes. Each epoch ends with
+    batch-norm buffers averaged, an evaluation sharded over the ranks, and a checkpoint. The same config, world size and
+    threads give the same weights, in one go or resumed.
+    Raises SetupError when data, flags or folders do not allow a start.
+    """
+    try:
+        comm = js.comm.world()
+    except js.errors.JointSparError as error:
+        raise SetupError(str(error), is_speaker=launcher_rank() == 0) from error
+    torch.set_num_threads(config.threads or threads_per_rank())
+    run = _set_up(config, comm)
+    try:
+        return run.fit()
+    finally:
+        run.close()
+
+
+class Run:
+    """One training run: the objects that `train` set up, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, comm: Transport, dataset: Dataset, batches: ShardedBatches) -> None:
+        self.config, self.comm, self.dataset, self.batches = config, comm, dataset, batches
+        self.model = build_model(
+            config.model, dataset.in_channels, dataset.num_classes, dataset.image_size, seed=config.seed
+        )
+        self.optimizer = _make_optimizer(config, self.model, comm)
+        self.scheduler = js.schedule.linear_scaling_warmup(
+            self.optimizer,
+            base_lr=config.scaled_base_lr(comm.world_size),
+            world_size=comm.world_size,
+            local_batch=config.batch_size,
+            steps_per_epoch=len(batches),
+            warmup_epochs=config.warmup(),
+            milestones=config.schedule_milestones(),
+        )
+        self.identity = config.identity() | {"world_size": comm.world_size}
+        self.progress = self._load() if config.resume else Progress()
+        self.counted_bytes = (self.optimizer.stats.total_sent_bytes, self.optimizer.stats.total_dense_bytes)
+        self.lr = float("nan")  # of the last step
+        self.phase_ms: Counter[str] = Counter()
+        self.phase_steps = 0
+        self.num_steps = min(config.max_steps or config.epochs * len(batches), config.epochs * len(batches))
+        self.metrics = None
+        if comm.rank == 0:
+            self.metrics = MetricsFile(config.out / METRICS_FILE, keep_up_to_step=self.progress.step)
+        self.display = Display(rank=comm.rank, first_step=self.progress.step, num_steps=self.num_steps)
+
+    def fit(self) -> Summary:
+        self.display.line(self._headline())
+        while self.progress.step < self.num_steps:
+            self._train_epoch()
+            self._end_epoch()
+        return self._finish()
+
+    def close(self) -> None:
+        self.display.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _train_epoch(self) -> None:
+        """Train to the end of the epoch, or to the last step wanted."""
+        self.model.train()
+        self.phase_ms.clear()
+        self.phase_steps = 0
+        started = time.perf_counter()
+        for images, labels in self.batches.epoch(self.progress.epoch, self.progress.batch):
+            self.phase_ms["data"] += 1e3 * (time.perf_counter() - started)
+            loss = self._train_step(images, labels)
+            now = time.perf_counter()
+            self.progress.seconds += now - started
+            started = now
+            self._note_step(loss)
+            if self.progress.step >= self.num_steps:
+                break
+
+    def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        before_forward = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = functional.cross_entropy(self.model(images), labels)
+        before_backward = time.perf_counter()
+        loss.backward()
+        after_backward = time.perf_counter()
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.phase_ms["forward"] += 1e3 * (before_backward - before_forward)
+        self.phase_ms["backward"] += 1e3 * (after_backward - before_backward)
+        return loss.item()
+
+    def _note_step(self, loss: float) -> None:
+        progress, stats = self.progress, self.optimizer.stats
+        progress.step += 1
+        progress.batch += 1
+        progress.loss_sum += loss
+        sent, dense = stats.total_sent_bytes, stats.total_dense_bytes
+        progress.bytes_sent += sent - self.counted_bytes[0]
+        progress.bytes_dense += dense - self.counted_bytes[1]
+        self.counted_bytes = (sent, dense)
+        progress.active_sum += stats.active_fraction
+        self.phase_ms.update(stats.phase_ms)
+        self.phase_steps += 1
+        self.display.advance(loss)
+        if self.metrics is not None and progress.step % self.config.log_every == 0:
+            self.metrics.write({"kind": "step", "train_loss": loss} | self._state())
+
+    def _end_epoch(self) -> None:
+        """Average over ranks, evaluate, record, save."""
+        progress = self.progress
+        self._average_over_ranks("loss_sum", "bytes_sent", "bytes_dense", "active_sum", "seconds")
+        js.sync_buffers(self.model, comm=self.comm)
+        progress.train_loss = progress.loss_sum / progress.batch
+        progress.test_accuracy = self._evaluate()
+        is_whole = progress.batch == len(self.batches)
+        if is_whole:
+            progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        if self.metrics is not None and is_whole:
+            record = {"kind": "epoch", "train_loss": progress.train_loss, "test_accuracy": progress.test_accuracy}
+            record |= self._state() | {"active_fraction": progress.active_sum / progress.step}
+            record["phase_ms"] = {name: ms / self.phase_steps for name, ms in self.phase_ms.items()}
+            self.metrics.write(record)
+            self.display.line(epoch_line(record, self.config.epochs))
+        js.checkpoint.save(
+            self.config.out / CHECKPOINT_FOLDER,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            extra={"config": self.identity, "progress": vars(progress).copy()},
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """What every metrics line holds: rank 0's view after the step just taken."""
+        progress = self.progress
+        return {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "lr": self.lr,
+            "seconds": progress.seconds,
+            "bytes_sent": round(progress.bytes_sent),
+            "active_fraction": self.optimizer.stats.active_fraction,
+            "probabilities": [round(float(p), 4) for p in self.optimizer.probabilities],
+        }
+
+    def _evaluate(self) -> float:
+        """Share of test images classified correctly, each rank doing its part; the same answer on all ranks."""
+        test, rank, world_size = self.dataset.test, self.comm.rank, self.comm.world_size
+        own = torch.arange(rank, len(test), world_size)
+        num_correct = 0
+        self.model.eval()
+        with torch.no_grad():
+            for index in own.split(_EVALUATION_BATCH):
+                scores = self.model(self.dataset.normalise(test.images[index]))
+                num_correct += int((scores.argmax(dim=1) == test.labels[index]).sum())
+        total = torch.tensor([num_correct], dtype=torch.float64)
+        self.comm.allreduce(total, what="evaluation")
+        return total.item() / len(test)
+
+    def _average_over_ranks(self, *names: str) -> None:
+        values = torch.tensor([getattr(self.progress, name) for name in names], dtype=torch.float64)
+        self.comm.allreduce(values, what="averages of the epoch")
+        for name, value in zip(names, (values / self.comm.world_size).tolist()):
+            setattr(self.progress, name, value)
+
+    def _load(self) -> Progress:
+        extra = js.checkpoint.load(
+            self.config.out / CHECKPOINT_FOLDER, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
+        )
+        for name, value in self.identity.items():
+            if extra["config"].get(name) != value:
+                raise ValueError(
+                    f"--resume: {name} was {extra['config'].get(name)!r} and is now {value!r}: "
+                    "continue with the settings that the run began with, or start another in a new --out"
+                )
+        return Progress(**extra["progress"])
+
+    def _headline(self) -> str:
+        config, comm = self.config, self.comm
+        layers = self.optimizer.layers
+        return (
+            f"{config.method} on {config.dataset}: {config.model}, {sum(p.numel() for p in self.model.parameters()):,} "
+            f"parameters in {len(layers)} sampled layers; {comm.world_size} rank(s) x {config.batch_size} samples, "
+            f"{len(self.batches)} steps an epoch, {torch.get_num_threads()} thread(s) a rank, {comm.name}"
+        )
+
+    def _finish(self) -> Summary:
+        summary = self._summary()
+        self.optimizer.finish()
+        if self.comm.rank == 0:
+            write_summary(self.config.out / SUMMARY_FILE, summary)
+            names = [layer.name for layer in self.optimizer.layers]
+            plot_run(self.config.out / CURVES_FILE, read_metrics(self.config.out / METRICS_FILE), names, summary)
+            self.display.line(f"test accuracy {100 * summary.test_accuracy:.2f} %, files in {self.config.out}")
+        return summary
+
+    def _summary(self) -> Summary:
+        progress, config = self.progress, self.config
+        method = METHODS[config.method]
+        sampling = self.optimizer.sampling
+        return Summary(
+            test_accuracy=progress.test_accuracy,
+            train_loss=progress.train_loss,
+            seconds=progress.seconds,
+            steps=progress.step,
+            world_size=self.comm.world_size,
+            bytes_sent=round(progress.bytes_sent),
+            bytes_dense=round(progress.bytes_dense),
+            active_fraction=progress.active_sum / progress.step,
+            method=config.method,
+            seed=config.seed,
+            dataset=config.dataset,
+            model=config.model,
+            budget=sampling.budget if method.is_sparse else None,
+            strategy=sampling.strategy if method.is_sparse else None,
+            epochs=config.epochs,
+            skipped_steps=self.optimizer.stats.skipped_steps,
+            versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        )
+
+
+def _set_up(config: TrainConfig, comm: Transport) -> Run:
+    """Read the data and prepare the folder, agree that every rank could, then build the run."""
+    error = None
+    try:
+        dataset = load_dataset(config.dataset, config.data_dir)
+        batches = ShardedBatches(dataset, config.batch_size, comm.rank, comm.world_size, config.seed)
+        if comm.rank == 0:
+            _prepare_folder(config)
+    except (ValueError, OSError) as caught:
+        error = caught
+    _agree_on_start(comm, error)
+    try:
+        return Run(config, comm, dataset, batches)
+    except (ValueError, js.errors.CheckpointError) as caught:  # alike on all ranks
+        raise SetupError(str(caught), is_speaker=comm.rank == 0) from caught
+
+
+def _agree_on_start(comm: Transport, error: Exception | None) -> None:
+    """Raise SetupError on every rank when any rank has an error; the first of those speaks."""
+    has_failed = comm.start_headers(np.array([error is not None], dtype=np.int64), what="set-up").wait()[:, 0]
+    if has_failed.any():
+        first = int(has_failed.argmax())
+        raise SetupError(str(error or f"rank {first} could not start"), is_speaker=comm.rank == first) from error
+
+
+def _prepare_folder(config: TrainConfig) -> None:
+    """Make config.out and see that it can be written, and that no other run is in it. Raises ValueError."""
+    folder = config.out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from error
+    has_checkpoint = (folder / CHECKPOINT_FOLDER).is_dir() and any((folder / CHECKPOINT_FOLDER).iterdir())
+    if config.resume and not has_checkpoint:
+        raise ValueError(f"--resume: no checkpoint in {folder}; start without --resume, or give the --out of a started run")
+    if not config.resume and (has_checkpoint or (folder / SUMMARY_FILE).exists()):
+        raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
+
+
+def _make_optimizer(
+    config: TrainConfig, model: torch.nn.Module, comm: Transport
+) -> js.JointSparLARS | js.JointSparSGD:
+    """The optimizer of config.method; the dense methods are the same optimizers with every layer active."""
+    method = METHODS[config.method]
+    if method.is_sparse:
+        given = {name: getattr(config, name) for name in SAMPLING_FIELDS if getattr(config, name) is not None}
+        sampling = js.Sampling(**given, seed=config.seed)
+    else:
+        sampling = js.Sampling(budget=1.0, strategy="shared", distribution="uniform", seed=config.seed)
+    options: dict[str, Any] = {
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "nesterov": config.nesterov,
+        "sampling": sampling,
+        "comm": comm,
+    }
+    for name in ("inactive", "wire_dtype", "exchange"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    lr = config.scaled_base_lr(comm.world_size)  # the scheduler sets the rate before the first step
+    if not method.is_layerwise:
+        return js.JointSparSGD(model.named_parameters(), lr=lr, **options)
+    trust = DEFAULT_TRUST_COEFFICIENT if config.trust_coefficient is None else config.trust_coefficient
+    return js.JointSparLARS(model.named_parameters(), lr=lr, trust_coefficient=trust, **options)

@@ -1,0 +1,136 @@
+"""What a run leaves behind: metrics.jsonl line by line, summary.json at the end; and what rank 0 shows meanwhile."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE, SUMMARY_FILE, CURVES_FILE, CHECKPOINT_FOLDER = "metrics.jsonl", "summary.json", "curves.png", "checkpoint"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a run, the content of summary.json.
+
+    test_accuracy: of the last evaluation, in [0, 1]. train_loss: mean over ranks and steps of the last epoch. seconds:
+    spent in training steps, without evaluation and files. bytes_sent: handed to the transport for gradients by one rank
+    (mean over ranks), bytes_dense: what the same exchange of every layer would have taken. active_fraction: mean
+    share of layers computed per step.
+    """
+
+    test_accuracy: float
+    train_loss: float
+    seconds: float
+    steps: int
+    world_size: int
+    bytes_sent: int
+    bytes_dense: int
+    active_fraction: float
+    method: str
+    seed: int
+    dataset: str
+    model: str
+    budget: float | None
+    strategy: str | None
+    epochs: int
+    skipped_steps: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, `kind` is "step" or "epoch". Only rank 0 has one."""
+
+    def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
+        """Keep what an interrupted run wrote up to the step that it continues from (0: nothing)."""
+        kept = [record for record in read_metrics(path) if record["step"] <= keep_up_to_step] if keep_up_to_step else []
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(json_safe(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; [] when there is none. A last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    write_atomically(path, json.dumps(json_safe(asdict(summary)), indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file in one move: a reader sees the old or the new content, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def remove_run(folder: Path) -> None:
+    """Delete the files of a former run, and nothing else."""
+    for name in (METRICS_FILE, SUMMARY_FILE, CURVES_FILE):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
+
+
+def json_safe(value: Any) -> Any:
+    """NaN and infinities, for which JSON has no word, become null."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Display:
+    """A progress bar on a terminal, one line an epoch elsewhere; silent on all ranks but 0."""
+
+    def __init__(self, *, rank: int, first_step: int, num_steps: int) -> None:
+        self._is_shown = rank == 0
+        self._bar = None
+        if self._is_shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+
+    def advance(self, loss: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update()
+
+    def line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        if self._is_shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def readable_bytes(count: float) -> str:
+    """Such as "12 kB" or "3.4 MB"."""
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
+
+
+def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
+    """One epoch in words, for people."""
+    return (
+        f"epoch {record['epoch']:>3}/{num_epochs}  loss {record['train_loss']:.4f}  "
+        f"test accuracy {100 * record['test_accuracy']:6.2f} %  lr {record['lr']:.4g}  "
+        f"active {record['active_fraction']:.2f}  sent {readable_bytes(record['bytes_sent'])}  {record['seconds']:.1f} s"
+    )

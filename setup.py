@@ -1,0 +1,38 @@
+"""Builds jointspar_ext._core with CMake; everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds the one CMake target where setuptools expects the module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(min(os.cpu_count() or 1, 8)))
+        configure = [
+            "cmake",
+            "-S", str(ROOT),
+            "-B", str(build_dir),
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DJOINTSPAR_VERSION={self.distribution.get_version()}",
+            f"-DJOINTSPAR_CUDA_EXT={os.environ.get('JOINTSPAR_CUDA_EXT', 'auto')}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_core", "--parallel", jobs], check=True)
+
+
+setup(ext_modules=[Extension("jointspar_ext._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

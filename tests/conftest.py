@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests: every backend, every array library, one torch thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from support import Arrays, NumpyArrays, TorchArrays
+
+from jointspar import ops
+
+hypothesis.settings.register_profile("jointspar", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("jointspar")
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """One thread each, since ranks share the machine; whatever a test sets is put back."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each backend; one that was not built is a failure, not a skip."""
+    with ops.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[TorchArrays, NumpyArrays], ids=["torch", "numpy"])
+def library(request: pytest.FixtureRequest) -> Arrays:
+    """Runs the test on the arrays of each library."""
+    return request.param()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run."""
+    return np.random.default_rng(20220717)

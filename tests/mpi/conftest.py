@@ -1,0 +1,108 @@
+"""Runs functions of the test files on several ranks, under the mpirun that belongs to the running interpreter."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[2]
+_RUN = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]]()"
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    # Open MPI refuses root and more ranks than cores unless told; MPICH rejects the matching options, so variables.
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+@dataclass
+class Finished:
+    """A job that ended by itself."""
+
+    code: int
+    output: str
+    ended: float  # time.time()
+
+    def seconds_after(self, mark: str) -> float:
+        """From the moment when a rank printed "<mark> <time.time()>" to the end of the job."""
+        lines = [line.split() for line in self.output.splitlines() if line.startswith(mark + " ")]
+        return self.ended - max(float(words[1]) for words in lines)
+
+
+def find_mpirun() -> str | None:
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def end_session(session: int) -> None:
+    """Kill what a job left: Open MPI's ranks are in process groups of their own, but stay in the session."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        if int(fields[3]) == session and fields[0] != "Z":
+            os.kill(int(stat.parent.name), signal.SIGKILL)
+
+
+def run_job(command: list[str], timeout: float, env: dict[str, str] | None) -> Finished:
+    paths = [str(_ROOT / "python"), str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
+    job = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output, _ = job.communicate(timeout=timeout)
+        ended = time.time()
+    except subprocess.TimeoutExpired:
+        end_session(job.pid)
+        output, _ = job.communicate()
+        pytest.fail(f"the job did not end within {timeout} s\n{output}")
+    finally:
+        end_session(job.pid)
+    return Finished(job.returncode, output, ended)
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> str:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    path = find_mpirun()
+    if path is None:
+        pytest.skip("no mpirun beside the interpreter or on PATH")
+    return path
+
+
+@pytest.fixture
+def run_ranks(mpirun: str) -> Callable[..., Finished]:
+    """run_ranks(n, function, expect_code=0, timeout=60, env=None): run `function` on n ranks of one job.
+
+    The function is looked up by name in its file, in fresh interpreters. expect_code None means any but 0.
+    """
+
+    def run(
+        n: int,
+        function: Callable[[], None],
+        *,
+        expect_code: int | None = 0,
+        timeout: float = 60,
+        env: dict[str, str] | None = None,
+    ) -> Finished:
+        program = [sys.executable, "-c", _RUN, inspect.getfile(function), function.__name__]
+        job = run_job([mpirun, "-n", str(n), *program], timeout, env)
+        as_expected = job.code != 0 if expect_code is None else job.code == expect_code
+        assert as_expected, f"exit code {job.code}, expected {'any but 0' if expect_code is None else expect_code}\n{job.output}"
+        return job
+
+    return run

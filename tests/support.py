@@ -1,0 +1,93 @@
+"""What several test files share: array libraries behind one interface, sizes and tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import torch
+
+# Around the kernels' chunk of 16,384 elements and around the width of vector registers.
+SIZES = (0, 1, 31, 32, 33, 16383, 16384, 16385, 100003)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+# Of stored values, by their dtype; of norms, by the dtype of what is summed (float32 lanes drift on short mantissas).
+TOLERANCE = {"float32": 1e-6, "float64": 1e-12, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+NORM_TOLERANCE = {"float32": 1e-6, "float64": 1e-12, "bfloat16": 4e-6, "float16": 4e-6}
+
+
+class Arrays(Protocol):
+    """Makes and reads the arrays of one library."""
+
+    name: str
+
+    def array(self, values: Any, dtype: str = "float32") -> Any:
+        """`values` rounded to `dtype`, in memory of their own; skips the test where the library lacks the dtype."""
+
+    def float64(self, array: Any) -> np.ndarray:
+        """The values, widened exactly, in memory of their own."""
+
+    def dtype_name(self, array: Any) -> str: ...
+
+
+class TorchArrays:
+    name = "torch"
+
+    def array(self, values: Any, dtype: str = "float32") -> torch.Tensor:
+        return torch.tensor(np.asarray(values, dtype=np.float64)).to(getattr(torch, dtype))
+
+    def float64(self, array: torch.Tensor) -> np.ndarray:
+        return array.detach().to(torch.float64).numpy().copy()
+
+    def dtype_name(self, array: torch.Tensor) -> str:
+        return str(array.dtype).removeprefix("torch.")
+
+
+class NumpyArrays:
+    name = "numpy"
+
+    def array(self, values: Any, dtype: str = "float32") -> np.ndarray:
+        if dtype == "bfloat16":
+            pytest.skip("NumPy has no bfloat16")
+        with np.errstate(over="ignore"):
+            return np.array(values, dtype=np.float64).astype(dtype)
+
+    def float64(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array, dtype=np.float64)
+
+    def dtype_name(self, array: np.ndarray) -> str:
+        return str(array.dtype)
+
+
+def at_odd_offset(arrays: Arrays, values: np.ndarray, dtype: str, offset: int) -> Any:
+    """A view of `values` that starts `offset` elements into its memory, so on an odd alignment."""
+    return arrays.array(np.concatenate([np.zeros(offset), values]), dtype)[offset:]
+
+
+def bits(array: Any) -> bytes:
+    """The bytes of a dense array."""
+    if isinstance(array, torch.Tensor):
+        flat = array.detach().contiguous().flatten()
+        return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return np.asarray(array).tobytes()
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Largest difference, relative to the largest expected magnitude; 0 for empty arrays."""
+    actual, expected = np.atleast_1d(np.asarray(actual)), np.atleast_1d(np.asarray(expected))
+    assert actual.shape == expected.shape
+    if expected.size == 0:
+        return 0.0
+    largest = float(np.abs(expected).max())
+    difference = float(np.abs(actual - expected).max())
+    return difference / largest if largest > 0 else difference
+
+
+def same_bits_on_1_and_2_threads(run: Callable[[], Sequence[Any]]) -> bool:
+    """Whether `run` gives the same bytes on one torch thread and on two."""
+    results = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        results.append([bits(array) for array in run()])
+    return results[0] == results[1]

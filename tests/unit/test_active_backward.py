@@ -1,0 +1,84 @@
+"""Only wanted parameters get gradients, and requires_grad is given back."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jointspar.step.active_backward import ActiveBackward
+
+
+def make(num=3):
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(num)))
+    return model, list(model.parameters())
+
+
+def flags(parameters):
+    return [parameter.requires_grad for parameter in parameters]
+
+
+def test_only_wanted_parameters_get_gradients_and_they_are_the_dense_ones():
+    model, parameters = make()
+    x = torch.randn(5, 2)
+    model(x).square().sum().backward()
+    dense = [parameter.grad.clone() for parameter in parameters]
+    model.zero_grad()
+    ActiveBackward(parameters).activate(np.array([True, False, True]))
+    model(x).square().sum().backward()
+    assert parameters[1].grad is None
+    assert torch.equal(parameters[0].grad, dense[0]) and torch.equal(parameters[2].grad, dense[2])
+
+
+def test_with_nothing_wanted_backward_still_works():
+    model, parameters = make()
+    ActiveBackward(parameters).activate(np.zeros(3, dtype=bool))
+    model(torch.randn(5, 2)).sum().backward()
+    assert sum(parameter.grad is not None for parameter in parameters) == 1
+
+
+def test_parameters_frozen_at_construction_are_never_touched():
+    _, parameters = make()
+    parameters[1].requires_grad_(False)
+    backward = ActiveBackward(parameters)
+    backward.activate(np.ones(3, dtype=bool))
+    assert flags(parameters) == [True, False, True]
+    backward.release()
+    assert flags(parameters) == [True, False, True]
+
+
+def test_release_gives_requires_grad_back():
+    _, parameters = make()
+    backward = ActiveBackward(parameters)
+    backward.activate(np.array([True, False, False]))
+    backward.release()
+    assert flags(parameters) == [True, True, True]
+
+
+def test_freezing_and_thawing_by_the_user_is_honoured():
+    _, parameters = make()
+    parameters[2].requires_grad_(False)
+    backward = ActiveBackward(parameters)
+    backward.activate(np.array([True, False, True]))
+    parameters[0].requires_grad_(False)
+    parameters[2].requires_grad_(True)
+    assert backward.observe()
+    assert backward.trainable.tolist() == [False, True, True]
+    backward.activate(np.ones(3, dtype=bool))
+    assert flags(parameters) == [False, True, True]
+
+
+def test_set_trainable_freezes_inactive_parameters_too():
+    _, parameters = make()
+    backward = ActiveBackward(parameters)
+    backward.activate(np.array([True, False, False]))
+    backward.set_trainable([1], False)
+    backward.activate(np.ones(3, dtype=bool))
+    assert flags(parameters) == [True, False, True]
+
+
+def test_nothing_to_train_is_an_error():
+    _, parameters = make()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        ActiveBackward(parameters)

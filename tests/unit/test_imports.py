@@ -1,0 +1,175 @@
+"""The architecture, enforced from the sources: imports go down only, and few files may touch MPI or pickle."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / "jointspar"
+
+# From the bottom up: a module imports only what stands before it, or its own package.
+ORDER = (
+    "errors", "jointspar_ext", "arguments", "backends", "ops", "telemetry", "schedule", "comm", "step", "optimizers",
+    "checkpoint", "training", "cli",
+)  # fmt: skip
+
+MPI_FILE = "jointspar.comm.mpi"
+DISTRIBUTED_FILE = "jointspar.comm.torch_dist"
+
+# mpi4py's lower-case methods pickle what they send and unpickle what a peer sent.
+PICKLING_CALLS = frozenset(
+    "bcast send ssend bsend rsend recv sendrecv isend issend ibsend irsend irecv mrecv imrecv "
+    "gather scatter allgather alltoall reduce allreduce scan exscan".split()
+)
+FORBIDDEN_IN_KERNELS = re.compile(r'^\s*#\s*include\s*[<"](Python\.h|pybind11/|torch/|ATen/|c10/|mpi\.h|numpy/)', re.M)
+
+
+def imported_modules(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Absolute names of everything that `module` imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            keep = len(parts) - node.level + is_package
+            base = ".".join(parts[:keep] * bool(node.level) + ([node.module] if node.module else []))
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def unit_of(module: str) -> str:
+    """The entry of ORDER that a module of this project belongs to; "" for the package itself and for others."""
+    parts = module.split(".")
+    if parts[0] == "jointspar":
+        return parts[1] if len(parts) > 1 else ""
+    return parts[0] if parts[0] == "jointspar_ext" else ""
+
+
+def broken_rules(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of one module, in words."""
+    problems = []
+    for name in imported_modules(source, module, is_package):
+        problems += [f"{module} imports {name}: {why}" for why in reasons_against(module, name)]
+    return sorted(set(problems))
+
+
+def reasons_against(module: str, name: str) -> Iterator[str]:
+    unit, other = unit_of(module), unit_of(name)
+    if unit and other in ORDER and unit != other and ORDER.index(other) > ORDER.index(unit):
+        yield "imports go down only"
+    if unit == "step":
+        if other == "step" and stage_of(name) not in ("", stage_of(module)):
+            yield "stages do not import each other"
+        if other == "comm" and stage_of(module) != "exchange":
+            yield "only step.exchange talks to comm"
+    if module.startswith("jointspar.backends.reference") and other not in ("", "errors"):
+        if not name.startswith("jointspar.backends.reference") and name != "jointspar.backends":
+            yield "the reference uses no code of the project"
+    if name.split(".")[0] == "mpi4py" and module != MPI_FILE:
+        yield f"only {MPI_FILE} may"
+    if name.startswith("torch.distributed") and module != DISTRIBUTED_FILE:
+        yield f"only {DISTRIBUTED_FILE} may"
+    if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "shelve"):
+        yield "nothing is unpickled"
+
+
+def stage_of(module: str) -> str:
+    """The stage that a module under jointspar.step belongs to; "" for jointspar.step itself."""
+    parts = module.split(".")
+    return parts[2] if len(parts) > 2 and parts[:2] == ["jointspar", "step"] else ""
+
+
+def pickling_calls(source: str) -> list[str]:
+    """Calls of mpi4py's lower-case methods in a file that imports mpi4py; a class's own methods do not count."""
+    if not any(name.split(".")[0] == "mpi4py" for name in imported_modules(source, "anything")):
+        return []
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if isinstance(call, ast.Attribute) and call.attr in PICKLING_CALLS and ast.unparse(call.value) != "self"
+    ]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_there_are_sources_to_check() -> None:
+    assert len(python_files("python/jointspar")) > 10
+    assert len(list((ROOT / "csrc").rglob("*.h"))) > 5
+
+
+@pytest.mark.parametrize("path", python_files("python/jointspar"), ids=lambda path: module_name(path))
+def test_module_imports_only_what_it_may(path: Path) -> None:
+    module, is_package = module_name(path), path.name == "__init__.py"
+    assert unit_of(module) in ("", *ORDER), "a new module: give it its place in ORDER"
+    assert broken_rules(path.read_text(), module, is_package) == []
+
+
+def test_no_file_calls_a_pickling_mpi_method() -> None:
+    found = {str(path): pickling_calls(path.read_text()) for path in python_files("python", "tests", "bench")}
+    assert {path: calls for path, calls in found.items() if calls} == {}
+
+
+def test_kernels_include_neither_python_nor_torch_nor_mpi() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert [str(path) for path in sources if FORBIDDEN_IN_KERNELS.search(path.read_text())] == []
+
+
+def test_a_plain_chain_downwards_is_fine() -> None:
+    assert broken_rules("from jointspar import ops\nfrom .. import errors", "jointspar.step.packing") == []
+    assert broken_rules("from ...comm import Transport\nfrom . import ring", "jointspar.step.exchange.choose") == []
+    assert broken_rules("from . import choose", "jointspar.step.exchange", is_package=True) == []
+    assert broken_rules("import jointspar_ext._core", "jointspar.backends.native") == []
+    assert broken_rules("from mpi4py import MPI", MPI_FILE) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("jointspar.ops", "from . import optimizers"),
+        ("jointspar.ops", "from .step.packing import pack"),
+        ("jointspar.step.packing", "import jointspar.training.loop"),
+        ("jointspar.step.packing", "from . import sampling"),
+        ("jointspar.step.packing", "from .sampling import draw"),
+        ("jointspar.step.packing", "from ..step.exchange import ring"),
+        ("jointspar.step.packing", "from ..comm import world"),
+        ("jointspar.step.exchange.ring", "from ..packing import Layout"),
+        ("jointspar.step.update", "def late():\n    from jointspar.optimizers import JointSparLARS"),
+        ("jointspar.backends.native", "from .. import ops"),
+        ("jointspar.backends.reference", "from . import native"),
+        ("jointspar.backends.reference", "import jointspar_ext"),
+        ("jointspar.backends.reference_arrays", "from ..arguments import vector"),
+        ("jointspar.training.loop", "from ..cli import main"),
+        ("jointspar.training.loop", "from mpi4py import MPI"),
+        ("jointspar.optimizers", "import torch.distributed as dist"),
+        ("jointspar.optimizers", "from torch import distributed"),
+        ("jointspar.checkpoint", "import pickle"),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, source: str) -> None:
+    assert broken_rules(source, module)
+
+
+def test_a_pickling_call_is_found() -> None:
+    source = "from mpi4py import MPI\ncomm = MPI.COMM_WORLD\n"
+    assert pickling_calls(source + "comm.Allreduce(a, b)\ncomm.Ibcast(a)") == []
+    assert pickling_calls(source + "comm.bcast(a)\nMPI.COMM_WORLD.allreduce(1)") == [
+        "comm.bcast", "MPI.COMM_WORLD.allreduce",
+    ]  # fmt: skip
+    assert pickling_calls("transport.allreduce(buffer)") == []
+
+
+@pytest.mark.parametrize("header", ["<Python.h>", "<torch/extension.h>", '"mpi.h"', "<pybind11/pybind11.h>"])
+def test_a_forbidden_include_is_found(header: str) -> None:
+    assert FORBIDDEN_IN_KERNELS.search(f"#pragma once\n  # include {header}\n")

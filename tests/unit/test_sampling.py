@@ -1,0 +1,74 @@
+"""Settings of the draws."""
+
+import numpy as np
+import pytest
+
+from jointspar.step.sampling import Sampling, draw_layers
+
+
+def test_a_fraction_and_a_count_are_told_apart():
+    assert Sampling(budget=1.0).constraints(60)[0] == 60.0
+    assert Sampling(budget=1).constraints(60)[0] == 1.0
+    assert Sampling(budget=0.25).constraints(60)[0] == 15.0
+
+
+def test_p_min_defaults_as_documented():
+    assert Sampling(budget=0.5).constraints(60)[1] == pytest.approx(0.1)
+    assert Sampling(budget=0.125).constraints(64)[1] == pytest.approx(0.05)
+
+
+def test_frozen_layers_stand_outside_a_fraction():
+    assert Sampling(budget=0.5).constraints(60, num_frozen=20)[0] == 20.0
+    assert Sampling(budget=50).constraints(60, num_frozen=20)[0] == 40.0
+
+
+def test_paper_is_the_paper_s_literal_reading():
+    sampling = Sampling.paper(0.5, seed=3)
+    assert (sampling.strategy, sampling.draw, sampling.distribution) == ("independent", "bernoulli", "bandit")
+    assert sampling.shift and sampling.grouping == "tensor" and sampling.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (dict(budget=0.0), "budget"),
+        (dict(budget=1.5), "budget"),
+        (dict(budget=float("nan")), "budget"),
+        (dict(budget=0), "budget"),
+        (dict(budget=-3), "budget"),
+        (dict(p_min=0.0), "p_min"),
+        (dict(p_min=1.1), "p_min"),
+        (dict(strategy="both"), "strategy"),
+        (dict(draw="poisson"), "draw"),
+        (dict(distribution="flat"), "distribution"),
+        (dict(grouping="block"), "grouping"),
+        (dict(bandit_lr=-1.0), "bandit_lr"),
+        (dict(bandit_lr=float("inf")), "bandit_lr"),
+        (dict(lag=2), "lag"),
+        (dict(seed=-1), "seed"),
+        (dict(seed=2**64), "seed"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(settings, name):
+    with pytest.raises(ValueError, match=name):
+        Sampling(**settings)
+
+
+def test_a_budget_that_is_no_number_is_refused():
+    for budget in ("0.5", True, None):
+        with pytest.raises(TypeError, match="budget"):
+            Sampling(budget=budget)
+
+
+def test_infeasible_constraints_are_refused():
+    with pytest.raises(ValueError, match="budget"):
+        Sampling(budget=61).constraints(60)
+    with pytest.raises(ValueError, match="p_min"):
+        Sampling(budget=0.25, p_min=0.5).constraints(60)
+
+
+def test_layers_of_probability_zero_are_never_drawn():
+    probabilities = np.array([0.0, 1.0, 0.0, 0.5, 0.5])
+    for step in range(200):
+        active = draw_layers(probabilities, Sampling(), step=step, rank=0, world_size=1)
+        assert not active[[0, 2]].any() and active[1] and active[3:].sum() == 1
