@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python lint format bench clean
+.PHONY: help demo test test-cpp test-python lint format bench clean clean-all
 .DEFAULT_GOAL := help
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -27,7 +27,7 @@ help:
 	@echo "make lint     ruff, mypy, clang-format; changes nothing"
 	@echo "make format   rewrite the sources as lint wants them"
 	@echo "make bench    measure the operations (bench/)"
-	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/"
+	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/ (clean-all: not $(VENV))"
 
 # --- set-up: each stamp stands for one finished step ------------------------------------------------------------------
 # torch first and alone, so that no other requirement decides which build of it is taken.
@@ -58,9 +58,10 @@ test: test-cpp test-python
 
 test-cpp: $(VENV)/.stamp-project
 	@echo "== C++ tests"
-	@cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DJOINTSPAR_BUILD_TESTS=ON \
-	    -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python > $(CPP_BUILD).log || { cat $(CPP_BUILD).log; exit 1; }
-	@cmake --build $(CPP_BUILD) >> $(CPP_BUILD).log || { cat $(CPP_BUILD).log; exit 1; }
+	@mkdir -p $(CPP_BUILD)
+	@cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_BUILD_EXTENSION=OFF > /dev/null
+	@cmake --build $(CPP_BUILD) -- --quiet
 	@ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error | tail -n +2
 
 test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
@@ -80,9 +81,12 @@ format: $(VENV)/.stamp-extra-dev
 	@clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
-	@$(VENV)/bin/python -m pytest bench $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(wildcard bench/bench_*.py) $(PYTEST_ARGS)
 
 clean:
 	@rm -rf build dist python/*.egg-info jointspar_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f $(VENV)/.stamp-project
 	@find python jointspar_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean
+	@rm -rf $(VENV)

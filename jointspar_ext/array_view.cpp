@@ -24,8 +24,9 @@ std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name
 
 // Turns the pending Python error, of whatever type, into a TypeError that names the argument.
 [[noreturn]] void raise_unreadable(ArgName name, py::handle object) {
-    const py::error_already_set error;
-    raise_type(name, "(" + type_name(object) + ") cannot be read as a dense CPU array: " + error.what());
+    const std::string problem = py::error_already_set().what();
+    const std::string first_line = problem.substr(0, problem.find('\n'));  // torch appends a C++ backtrace
+    raise_type(name, "(" + type_name(object) + ") cannot be read as a dense CPU array: " + first_line);
 }
 
 [[noreturn]] void raise_dtype(ArgName name, const std::string& found) {
@@ -39,7 +40,9 @@ DType dtype_of(const dlpack::DataType& dtype, ArgName name) {
         if (dtype.bits == 16) return DType::kFloat16;
     }
     if (dtype.lanes == 1 && dtype.code == dlpack::kCodeBFloat && dtype.bits == 16) return DType::kBFloat16;
-    raise_dtype(name, "DLPack type code " + std::to_string(dtype.code) + " of " + std::to_string(dtype.bits) + " bits");
+    constexpr std::array<const char*, 7> kKinds{"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+    const std::string kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : "a type of unknown kind, ";
+    raise_dtype(name, kind + std::to_string(dtype.bits));
 }
 
 DType dtype_of(const Py_buffer& buffer, ArgName name) {
@@ -90,21 +93,41 @@ bool is_dense(const ArrayView& view) {
     return true;
 }
 
-// The DLPack table of an array type, or null. Looked up once per type; types found stay alive.
-const dlpack::ExchangeApi* exchange_api(py::handle object) {
-    static auto& known = *new std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>>;
-    PyTypeObject* type = Py_TYPE(object.ptr());
-    for (const auto& [known_type, api] : known) {
-        if (known_type == type) return api;
-    }
-    const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), dlpack::kExchangeApiAttribute, py::none());
-    if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeApiName)) return nullptr;
+// What is looked up once per array type. Types with an API stay alive.
+struct ArrayType {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;  // null: none
+    PyObject* is_neg;                // torch's method; null: none
+};
+
+const dlpack::ExchangeApi* exchange_api(py::handle type) {
+    const py::object capsule = py::getattr(type, dlpack::kExchangeApiAttribute, py::none());
+    if (PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeApiName) == 0) return nullptr;
     auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeApiName));
     while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
-    if (api == nullptr || api->view_from_object == nullptr) return nullptr;
-    Py_INCREF(type);
-    known.emplace_back(type, api);
-    return api;
+    return api != nullptr && api->view_from_object != nullptr ? api : nullptr;
+}
+
+ArrayType array_type(py::handle object) {
+    static auto& known = *new std::vector<ArrayType>;
+    PyTypeObject* type = Py_TYPE(object.ptr());
+    for (const ArrayType& entry : known) {
+        if (entry.type == type) return entry;
+    }
+    const py::handle handle(reinterpret_cast<PyObject*>(type));
+    const dlpack::ExchangeApi* api = exchange_api(handle);
+    if (api == nullptr) return {type, nullptr, nullptr};
+    py::object is_neg = py::getattr(handle, "is_neg", py::none());
+    handle.inc_ref();
+    known.push_back({type, api, is_neg.is_none() ? nullptr : is_neg.release().ptr()});
+    return known.back();
+}
+
+// torch can defer a negation: the elements in memory are then the negatives of the tensor's, and DLPack does not say.
+void check_not_negated(PyObject* is_neg, py::handle object, ArgName name) {
+    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
+    if (!result) raise_unreadable(name, object);
+    if (result.ptr() == Py_True) raise_value(name, "is a view that torch negates on reading; call resolve_neg() first");
 }
 
 bool is_bfloat16_ndarray(py::handle object) {
@@ -127,10 +150,11 @@ ArrayView ArrayReader::read(py::handle object, ArgName name, Access access) {
     ArrayView view;
     if (PyObject_CheckBuffer(object.ptr()) != 0) {
         view = read_buffer(object, name, access);
-    } else if (const dlpack::ExchangeApi* api = exchange_api(object)) {
+    } else if (const ArrayType type = array_type(object); type.api != nullptr) {
         dlpack::Tensor tensor{};
-        if (api->view_from_object(object.ptr(), &tensor) != 0) raise_unreadable(name, object);
+        if (type.api->view_from_object(object.ptr(), &tensor) != 0) raise_unreadable(name, object);
         view = read_dlpack(tensor, name);
+        if (type.is_neg != nullptr) check_not_negated(type.is_neg, object, name);
     } else {
         view = read_capsule(object, name);
     }
@@ -141,12 +165,15 @@ ArrayView ArrayReader::read(py::handle object, ArgName name, Access access) {
     }
     if (view.data == nullptr) raise_type(name, "(" + type_name(object) + ") has no memory of its own");
     if (!is_dense(view)) {
-        raise_value(name, "is not dense: gaps, expanded dimensions and negative strides are not supported; "
-                          "make a contiguous copy");
+        raise_value(name,
+                    "is not dense: gaps, expanded dimensions and negative strides are not supported; "
+                    "make a contiguous copy");
     }
     const auto begin = reinterpret_cast<std::uintptr_t>(view.data);
-    if (begin % static_cast<std::uintptr_t>(element_bytes(view.dtype)) != 0) raise_value(name, "is not aligned in memory");
-    intervals_.push_back({begin, begin + static_cast<std::uintptr_t>(view.size * element_bytes(view.dtype)), access, name});
+    if (begin % static_cast<std::uintptr_t>(element_bytes(view.dtype)) != 0)
+        raise_value(name, "is not aligned in memory");
+    intervals_.push_back(
+        {begin, begin + static_cast<std::uintptr_t>(view.size * element_bytes(view.dtype)), access, name});
     return view;
 }
 
@@ -189,7 +216,8 @@ void ArrayReader::check_no_overlap() {
             raise_value(interval.name, "overlaps " + other->name.str() + " in memory");
         }
         if (furthest == nullptr || interval.end > furthest->end) furthest = &interval;
-        if (interval.access == Access::kWrite && (furthest_written == nullptr || interval.end > furthest_written->end)) {
+        if (interval.access == Access::kWrite &&
+            (furthest_written == nullptr || interval.end > furthest_written->end)) {
             furthest_written = &interval;
         }
     }
@@ -238,8 +266,9 @@ ArrayView ArrayReader::read_dlpack(const dlpack::Tensor& tensor, ArgName name) {
 ArrayView ArrayReader::read_capsule(py::handle object, ArgName name) {
     if (!py::hasattr(object, "__dlpack__")) raise_type(name, "must be an array, not " + type_name(object));
     try {
-        // torch exports only tensors that need no gradient; detaching shares the memory.
-        const py::object source = py::hasattr(object, "detach") ? object.attr("detach")() : py::reinterpret_borrow<py::object>(object);
+        py::object source = py::reinterpret_borrow<py::object>(object);
+        // torch before 2.10: it exports only tensors that need no gradient; detaching shares the memory.
+        if (py::hasattr(object, "detach")) source = object.attr("detach")();
         owners_.push_back(source.attr("__dlpack__")());
     } catch (py::error_already_set& error) {
         error.restore();
@@ -247,6 +276,10 @@ ArrayView ArrayReader::read_capsule(py::handle object, ArgName name) {
     }
     void* managed = PyCapsule_GetPointer(owners_.back().ptr(), dlpack::kManagedTensorName);
     if (managed == nullptr) raise_unreadable(name, object);
+    if (py::hasattr(object, "is_neg")) {
+        check_not_negated(py::handle(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))).attr("is_neg").ptr(), object,
+                          name);
+    }
     return read_dlpack(static_cast<const dlpack::ManagedTensor*>(managed)->tensor, name);
 }
 

@@ -24,13 +24,14 @@ std::int64_t as_int64(std::size_t count) { return static_cast<std::int64_t>(coun
 template <class T>
 void check_length(const Vector<T>& vector, const char* name, std::int64_t length) {
     if (vector.ndim() != 1 || vector.size() != length) {
-        throw py::value_error(std::string(name) + " must have one dimension of " + std::to_string(length) + " elements");
+        throw py::value_error(std::string(name) + " must have one dimension of " + std::to_string(length) +
+                              " elements");
     }
 }
 
 template <class T>
 std::int64_t checked_length(const Vector<T>& vector, const char* name) {
-    check_length(vector, name, vector.ndim() == 1 ? vector.size() : 0);
+    if (vector.ndim() != 1) throw py::value_error(std::string(name) + " must have one dimension");
     return vector.size();
 }
 
@@ -111,7 +112,8 @@ std::vector<UpdateTensor> read_update(ArrayReader& reader, py::handle params, py
     const std::vector<ArrayView> momentum_views = reader.read_list(momenta, "momenta", Access::kWrite);
     const std::int64_t count = check_same_count(momentum_views, "momenta", as_int64(param_views.size()));
     if (hyper.ndim() != 2 || hyper.shape(0) != count || hyper.shape(1) != num_columns) {
-        throw py::value_error("hyper must have shape [" + std::to_string(count) + ", " + std::to_string(num_columns) + "]");
+        throw py::value_error("hyper must have shape [" + std::to_string(count) + ", " + std::to_string(num_columns) +
+                              "]");
     }
     std::vector<UpdateTensor> tensors;
     tensors.reserve(param_views.size());
@@ -122,8 +124,8 @@ std::vector<UpdateTensor> read_update(ArrayReader& reader, py::handle params, py
         check_same_layout(momentum_buffer, name, param, {"params", as_int64(k)});
         const bool is_double = param.dtype == DType::kFloat64;
         if (momentum_buffer.dtype != (is_double ? DType::kFloat64 : DType::kFloat32)) {
-            throw py::type_error(name.str() + (is_double ? " must have dtype float64, as its parameter"
-                                                         : " must have dtype float32"));
+            throw py::type_error(
+                name.str() + (is_double ? " must have dtype float64, as its parameter" : " must have dtype float32"));
         }
         const double* factors = hyper.data(as_int64(k), 0);
         tensors.push_back({param.data, momentum_buffer.data, nullptr, param.size, param.dtype, DType::kFloat32,
@@ -184,8 +186,8 @@ Vector<double> pack_gradients(py::handle grads, const Vector<double>& scales, co
     check_length(scales, "scales", count);
     check_length(sizes, "sizes", count);
     const std::vector<std::int64_t> offsets = offsets_of(sizes.data(), count);
-    const ArrayView target = reader.read_flat(packed, {"packed"}, Access::kWrite);
-    check_packed_size(target, "packed", offsets.back());
+    const ArrayView target = reader.read_flat(packed, {"out"}, Access::kWrite);
+    check_packed_size(target, "out", offsets.back());
     reader.check_no_overlap();
     std::vector<PackSlice> slices;
     slices.reserve(views.size());

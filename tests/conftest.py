@@ -8,9 +8,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from support import Arrays, NumpyArrays, TorchArrays
 
 from jointspar import ops
+from support import Arrays, NumpyArrays, TorchArrays
 
 hypothesis.settings.register_profile("jointspar", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jointspar")

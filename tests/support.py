@@ -60,6 +60,11 @@ class NumpyArrays:
         return str(array.dtype)
 
 
+def momentum_dtype(dtype: str) -> str:
+    """The accumulator type of a parameter's dtype."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def at_odd_offset(arrays: Arrays, values: np.ndarray, dtype: str, offset: int) -> Any:
     """A view of `values` that starts `offset` elements into its memory, so on an odd alignment."""
     return arrays.array(np.concatenate([np.zeros(offset), values]), dtype)[offset:]
@@ -68,7 +73,7 @@ def at_odd_offset(arrays: Arrays, values: np.ndarray, dtype: str, offset: int) -
 def bits(array: Any) -> bytes:
     """The bytes of a dense array."""
     if isinstance(array, torch.Tensor):
-        flat = array.detach().contiguous().flatten()
+        flat = array.detach().resolve_neg().contiguous().flatten()
         return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return np.asarray(array).tobytes()
 

@@ -1,4 +1,5 @@
-// The update formulas, written once for host and device: LARS (You et al. 2017) and SGD with momentum (torch.optim.SGD).
+// The update formulas, written once for host and device: LARS (You et al. 2017) and SGD with momentum
+// (torch.optim.SGD).
 #pragma once
 
 #include "common/portable.h"

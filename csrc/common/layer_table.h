@@ -46,7 +46,7 @@ JOINTSPAR_HOST_DEVICE inline Chunk locate_chunk(const int64_t* first_chunk, cons
 
 #if !defined(__CUDACC_RTC__)
 class LayerTable {
-   public:
+  public:
     template <class Slices, class SizeOf>
     LayerTable(const Slices* slices, int64_t num_slices, SizeOf size_of) {
         const auto count = static_cast<std::size_t>(num_slices);
@@ -71,9 +71,7 @@ class LayerTable {
     int64_t first_chunk(int64_t slice) const { return first_chunk_[static_cast<std::size_t>(slice)]; }
     int64_t first_element(int64_t slice) const { return first_element_[static_cast<std::size_t>(slice)]; }
 
-    Chunk locate(int64_t chunk) const {
-        return locate_chunk(first_chunk_.data(), sizes_.data(), num_slices(), chunk);
-    }
+    Chunk locate(int64_t chunk) const { return locate_chunk(first_chunk_.data(), sizes_.data(), num_slices(), chunk); }
 
     // The first chunk that starts at or after an element, 0 <= element <= num_elements().
     int64_t chunk_at_or_after(int64_t element) const {
@@ -89,7 +87,7 @@ class LayerTable {
         return sum;
     }
 
-   private:
+  private:
     std::vector<int64_t> sizes_;
     std::vector<int64_t> first_chunk_;
     std::vector<int64_t> first_element_;

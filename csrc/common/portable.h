@@ -36,6 +36,7 @@ using std::uint8_t;
 #define JOINTSPAR_HOST_DEVICE
 // Forced: a function that several instruction sets are compiled for passes its set on only to what it inlines.
 #define JOINTSPAR_INLINE inline __attribute__((always_inline))
+#define JOINTSPAR_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
 namespace jointspar {

@@ -14,25 +14,26 @@ namespace {
 bool measures_param(const LarsTensor& tensor) { return std::isnan(tensor.param_norm); }
 bool measures_grad(const LarsTensor& tensor) { return std::isnan(tensor.grad_norm); }
 
-// Ends of groups of consecutive tensors. What is measured in a group is still in the cache when the update reads it
-// again, at the price of two barriers per group. Nothing to measure: one group.
+// Ends of groups of consecutive tensors. What a thread measured in a group is still in its second-level cache when the
+// update reads it again, at the price of two barriers per group. Nothing to measure: one group.
 std::vector<int64_t> group_ends(const LarsTensor* tensors, int64_t num_tensors) {
-    constexpr int64_t kMeasuredBytes = int64_t{4} << 20;
+    constexpr int64_t kBytesPerThread = int64_t{512} << 10;
+    const int64_t group_bytes = kBytesPerThread * omp_get_max_threads();
     std::vector<int64_t> ends;
-    int64_t num_bytes = 0;
+    int64_t measured_bytes = 0;
     for (int64_t k = 0; k < num_tensors; ++k) {
         const UpdateTensor& update = tensors[k].update;
-        if (measures_param(tensors[k])) num_bytes += update.size * element_bytes(update.param_dtype);
-        if (measures_grad(tensors[k])) num_bytes += update.size * element_bytes(update.grad_dtype);
-        if (num_bytes < kMeasuredBytes && k + 1 < num_tensors) continue;
+        if (measures_param(tensors[k])) measured_bytes += update.size * element_bytes(update.param_dtype);
+        if (measures_grad(tensors[k])) measured_bytes += update.size * element_bytes(update.grad_dtype);
+        if (measured_bytes < group_bytes && k + 1 < num_tensors) continue;
         ends.push_back(k + 1);
-        num_bytes = 0;
+        measured_bytes = 0;
     }
     return ends;
 }
 
 class LarsUpdate {
-   public:
+  public:
     LarsUpdate(const LarsTensor* tensors, int64_t num_tensors, bool nesterov, double* grad_norms)
         : tensors_(tensors),
           nesterov_(nesterov),
@@ -61,7 +62,7 @@ class LarsUpdate {
         }
     }
 
-   private:
+  private:
     void measure(int64_t begin, int64_t end) {
         for_each_own_chunk(table_, begin, end, [this](int64_t index, const Chunk& chunk) {
             const LarsTensor& tensor = tensors_[chunk.slice];

@@ -1,5 +1,6 @@
 #include <vector>
 
+#include "cpu/non_temporal.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/zero_chunk.h"
@@ -74,7 +75,6 @@ void pack_gradients_cpu(const PackSlice* slices, std::int64_t num_slices, void* 
             part.scale = slice.scale;
         }
         sums[index] = pack_chunk(part);
-        if (streaming) finish_non_temporal();
     });
     if (squared_norms == nullptr) return;
     for (int64_t k = 0; k < num_slices; ++k) squared_norms[k] = table.sum_of(k, sums);

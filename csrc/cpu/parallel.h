@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "common/layer_table.h"
+#include "cpu/non_temporal.h"
 
 namespace jointspar {
 
@@ -31,11 +32,15 @@ void for_each_own_chunk(const LayerTable& table, int64_t slice_begin, int64_t sl
     }
 }
 
-// All chunks of the table, by all threads when there is enough work. visit must not throw.
+// All chunks of the table, by all threads when there is enough work. visit must not throw; it may write around the
+// cache.
 template <class Visit>
 void for_each_chunk(const LayerTable& table, Visit visit) {
 #pragma omp parallel if (table.num_elements() >= kParallelElements)
-    for_each_own_chunk(table, 0, table.num_slices(), visit);
+    {
+        for_each_own_chunk(table, 0, table.num_slices(), visit);
+        finish_non_temporal();
+    }
 }
 
 }  // namespace jointspar

@@ -34,6 +34,7 @@ void check_arguments(const double* log_weights, std::int64_t num_layers, double 
     const double count = static_cast<double>(num_layers);
     if (num_layers < 0) throw std::invalid_argument("log_weights has a negative length");
     if (!(p_min > 0.0 && p_min <= 1.0)) throw std::invalid_argument("p_min must be in (0, 1]");
+    if (!std::isfinite(budget)) throw std::invalid_argument("budget must be finite");
     if (!(budget <= count + tolerance)) throw std::invalid_argument("budget must be at most the number of layers");
     if (!(budget >= p_min * count - tolerance)) {
         throw std::invalid_argument("budget must be at least p_min times the number of layers");

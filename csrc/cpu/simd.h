@@ -1,18 +1,11 @@
-// What the streaming kernels share: instruction sets, dtype dispatch, sums of squares, non-temporal stores.
+// What the streaming kernels share: instruction sets, dtype dispatch, sums of squares.
 #pragma once
 
-#include <unistd.h>
-
-#include <algorithm>
 #include <cfloat>
 #include <cstddef>
 
 #include "common/float16.h"
 #include "jointspar/types.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 // A function so marked is compiled for AVX2 and for the baseline, and the loader picks one. Everything hot must be
 // inlined into it. Neither version contracts a * b + c (-ffp-contract=off), so both give the same bits.
@@ -21,7 +14,6 @@
 #else
 #define JOINTSPAR_SIMD_CLONES
 #endif
-#define JOINTSPAR_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace jointspar {
 
@@ -83,54 +75,6 @@ JOINTSPAR_INLINE double checked_total(const SquareLanes<Acc>& squares, const T* 
     const double sum = squares.total();
     if (sizeof(Acc) == sizeof(double) || (sum >= kSmallestTrusted && sum <= DBL_MAX)) return sum;
     return sum_of_squares_in_double(values, size);
-}
-
-// Data beyond the last-level cache is written around it: nobody could read it back from there.
-inline bool exceeds_cache(int64_t bytes) {
-    static const int64_t cache_bytes = [] {
-        constexpr int64_t kAssumedBytes = int64_t{32} << 20;
-        const int64_t reported_bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-        return reported_bytes > 0 ? reported_bytes : kAssumedBytes;
-    }();
-    return bytes > cache_bytes;
-}
-
-JOINTSPAR_INLINE void copy_non_temporal(std::byte* target, const std::byte* source, std::size_t num_bytes) {
-#if defined(__SSE2__)
-    const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(target) % sizeof(__m128i);
-    const std::size_t head = std::min(num_bytes, (sizeof(__m128i) - misaligned) % sizeof(__m128i));
-    memcpy(target, source, head);
-    std::size_t at = head;
-    for (; at + sizeof(__m128i) <= num_bytes; at += sizeof(__m128i)) {
-        const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
-        _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), word);
-    }
-    memcpy(target + at, source + at, num_bytes - at);
-#else
-    memcpy(target, source, num_bytes);
-#endif
-}
-
-// After the last copy_non_temporal of a thread, before others may read.
-inline void finish_non_temporal() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
-
-// Writes target[0 .. size): fill(block, begin, count) computes elements [begin, begin + count) into block. Streaming
-// goes through a block in the first-level cache, so that kernels need no second, non-temporal form.
-template <class T, class Fill>
-JOINTSPAR_INLINE void write_blocks(T* target, int64_t size, bool streaming, Fill fill) {
-    constexpr int64_t kBlockSize = 1024;  // a multiple of the lanes: blocks do not disturb the lane of an element
-    alignas(64) T staging[kBlockSize];
-    for (int64_t begin = 0; begin < size; begin += kBlockSize) {
-        const int64_t count = std::min(kBlockSize, size - begin);
-        fill(streaming ? staging : target + begin, begin, count);
-        if (!streaming) continue;
-        copy_non_temporal(reinterpret_cast<std::byte*>(target + begin), reinterpret_cast<const std::byte*>(staging),
-                          static_cast<std::size_t>(count) * sizeof(T));
-    }
 }
 
 }  // namespace jointspar

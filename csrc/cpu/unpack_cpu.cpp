@@ -1,3 +1,6 @@
+#include <type_traits>
+
+#include "cpu/non_temporal.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "jointspar/unpack_gradients.h"
@@ -25,6 +28,11 @@ JOINTSPAR_INLINE void add_values(const Packed* __restrict packed, Target* __rest
 
 template <class Packed, class Target>
 JOINTSPAR_INLINE void copy_values(const Packed* packed, Target* target, int64_t size, bool streaming) {
+    if (std::is_same_v<Packed, Target> && streaming) {
+        copy_non_temporal(reinterpret_cast<std::byte*>(target), reinterpret_cast<const std::byte*>(packed),
+                          static_cast<std::size_t>(size) * sizeof(Target));
+        return;
+    }
     write_blocks(target, size, streaming,
                  [&](Target* __restrict block, int64_t begin, int64_t count) JOINTSPAR_INLINE_LAMBDA {
                      const Packed* values = packed + begin;
@@ -67,7 +75,6 @@ void unpack_gradients_cpu(const void* packed, DType packed_dtype, const UnpackSl
         unpack_chunk({packed_bytes + (slice.offset + chunk.begin) * element_bytes(packed_dtype), packed_dtype,
                       target + chunk.begin * element_bytes(slice.target_dtype), slice.target_dtype, chunk.size, add,
                       streaming});
-        if (streaming) finish_non_temporal();
     });
 }
 

@@ -23,9 +23,9 @@ JOINTSPAR_INLINE UpdateSums update_values(Param* __restrict params, const Grad* 
                                           const ChunkUpdate& chunk) {
     using Acc = accumulator_t<Param>;
     Acc* __restrict momenta = static_cast<Acc*>(chunk.momentum_buffer);
-    const UpdateFactors<Acc> factors{
-        static_cast<Acc>(chunk.factors.lr), static_cast<Acc>(chunk.factors.momentum),
-        static_cast<Acc>(chunk.factors.weight_decay), static_cast<Acc>(chunk.factors.local_rate)};
+    const UpdateFactors<Acc> factors{static_cast<Acc>(chunk.factors.lr), static_cast<Acc>(chunk.factors.momentum),
+                                     static_cast<Acc>(chunk.factors.weight_decay),
+                                     static_cast<Acc>(chunk.factors.local_rate)};
     SquareLanes<Acc> param_squares;
     SquareLanes<accumulator_t<Grad>> grad_squares;
     for_each_lane<SquareLanes<Acc>::kLanes>(chunk.size, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {

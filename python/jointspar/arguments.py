@@ -24,7 +24,7 @@ def vector(name: str, value: Any, length: int | None = None) -> np.ndarray:
     array = _host_array(name, value)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected real numbers, got {array.dtype}")
-    return _one_dimension(name, np.ascontiguousarray(array, dtype=np.float64), length)
+    return _one_dimension(name, array, np.float64, length)
 
 
 def flags(name: str, value: Any, length: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def flags(name: str, value: Any, length: int) -> np.ndarray:
     array = _host_array(name, value)
     if array.dtype != np.bool_ and array.size:
         raise TypeError(f"{name}: expected bool, got {array.dtype}")
-    return _one_dimension(name, np.ascontiguousarray(array, dtype=np.bool_), length)
+    return _one_dimension(name, array, np.bool_, length)
 
 
 def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarray:
@@ -69,7 +69,7 @@ def whole_layout(layout: Any, length: int | None) -> np.ndarray:
     array = _host_array("layout", layout)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"layout: expected whole numbers, got {array.dtype}")
-    sizes = _one_dimension("layout", np.ascontiguousarray(array, dtype=np.int64), length)
+    sizes = _one_dimension("layout", array, np.int64, length)
     if (sizes < 0).any() or float(sizes.sum(dtype=np.float64)) >= 2.0**62:
         raise ValueError("layout: sizes are at least 0 and their sum below 2**62")
     return sizes
@@ -100,7 +100,9 @@ def element_count(name: str, array: Any) -> int:
 
 def dtype_name(name: str, dtype: Any) -> str:
     """The name of a torch, NumPy or named float dtype of the wire."""
-    text = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else ""
+    text = (
+        dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else ""
+    )
     if not text:
         try:
             text = np.dtype(dtype).name
@@ -171,10 +173,9 @@ def _host_array(name: str, value: Any) -> np.ndarray:
         raise TypeError(f"{name}: cannot be read as an array of numbers ({error})") from None
 
 
-def _one_dimension(name: str, array: np.ndarray, length: int | None) -> np.ndarray:
+def _one_dimension(name: str, array: np.ndarray, dtype: type[np.generic], length: int | None) -> np.ndarray:
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got {array.ndim}")
     if length is not None and array.size != length:
         raise ValueError(f"{name}: {array.size} values for {length}")
-    return array
-
+    return np.ascontiguousarray(array, dtype=dtype)

@@ -118,7 +118,10 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
     problems = []
     for folder in candidates:
         try:
-            found = (folder, *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.sampling.strategy))
+            found = (
+                folder,
+                *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.sampling.strategy),
+            )
         except CheckpointError as error:
             problems.append(str(error))
             warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
@@ -128,7 +131,9 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
     raise CheckpointError("; ".join(problems))
 
 
-def _read(folder: Path, rank: int, world_size: int, strategy: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _read(
+    folder: Path, rank: int, world_size: int, strategy: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Manifest and tensors of one checkpoint, every byte of it verified."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())

@@ -57,7 +57,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     _add_train_flags(train)
     commands.add_parser("doctor", help="say what was built, which MPI is used, and what to do about problems")
-    commands.add_parser("bench", help="run the benchmarks of a checkout; further arguments go to pytest", add_help=False)
+    commands.add_parser(
+        "bench", help="run the benchmarks of a checkout; further arguments go to pytest", add_help=False
+    )
     return parser
 
 
@@ -65,38 +67,77 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="folder for the results; made if needed")
     run.add_argument("--dataset", metavar="D", help=f"{', '.join(DATASETS)} (default digits)")
-    run.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data files (default $JOINTSPAR_DATA/<dataset>)")
+    run.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder of the data files (default $JOINTSPAR_DATA/<dataset>)"
+    )
     run.add_argument("--model", metavar="M", help=f"{', '.join(MODELS)} (default lenet5)")
     run.add_argument("--method", metavar="M", help=f"{', '.join(METHODS)} (default jointspar-lars)")
     run.add_argument("--epochs", type=int, metavar="E", help="default 30")
     run.add_argument("--batch-size", type=int, metavar="N", help="samples per rank and step (default 64)")
     run.add_argument("--seed", type=int, help="of weights, data order and layer draws (default 0)")
-    run.add_argument("--threads", type=int, help="torch threads per rank (default OMP_NUM_THREADS, else its share of the cores)")
+    run.add_argument(
+        "--threads", type=int, help="torch threads per rank (default OMP_NUM_THREADS, else its share of the cores)"
+    )
     run.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
-    run.add_argument("--log-every", type=int, metavar="N", help="steps between two step lines in metrics.jsonl (default 10)")
+    run.add_argument(
+        "--log-every", type=int, metavar="N", help="steps between two step lines in metrics.jsonl (default 10)"
+    )
     run.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps; --resume continues from there")
     rate = parser.add_argument_group("optimizer and schedule")
-    rate.add_argument("--base-lr", type=float, metavar="LR", help=f"rate per 256 samples of the global batch (default {_default_rates()})")
+    rate.add_argument(
+        "--base-lr",
+        type=float,
+        metavar="LR",
+        help=f"rate per 256 samples of the global batch (default {_default_rates()})",
+    )
     rate.add_argument("--lr", type=float, help="rate after the warm-up, not scaled by the batch (instead of --base-lr)")
-    rate.add_argument("--warmup-epochs", type=float, metavar="E", help="linear warm-up from the base rate (default 5, at most a sixth of --epochs)")
-    rate.add_argument("--milestones", type=float, nargs="+", metavar="E", help="epochs at which the rate falls tenfold (default: 30, 50, 70 of 90, in proportion)")
+    rate.add_argument(
+        "--warmup-epochs",
+        type=float,
+        metavar="E",
+        help="linear warm-up from the base rate (default 5, at most a sixth of --epochs)",
+    )
+    rate.add_argument(
+        "--milestones",
+        type=float,
+        nargs="+",
+        metavar="E",
+        help="epochs at which the rate falls tenfold (default: 30, 50, 70 of 90, in proportion)",
+    )
     rate.add_argument("--momentum", type=float, help="default 0.9")
     rate.add_argument("--nesterov", action="store_true")
     rate.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4")
     rate.add_argument("--trust-coefficient", type=float, metavar="T", help="of the LARS methods (default 0.02)")
     sampling = parser.add_argument_group("layer sampling (jointspar, jointspar-lars)")
-    sampling.add_argument("--budget", type=_budget, metavar="B", help="active layers per step: 0.5 is half of them, 3 is three, 1 is one, 1.0 is all (default 0.5)")
+    sampling.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="B",
+        help="active layers per step: 0.5 is half of them, 3 is three, 1 is one, 1.0 is all (default 0.5)",
+    )
     sampling.add_argument("--strategy", metavar="S", help="stratified (default), independent, shared")
     sampling.add_argument("--draw", metavar="D", help="systematic (default), bernoulli")
     sampling.add_argument("--distribution", metavar="D", help="norm (default), bandit, uniform")
-    sampling.add_argument("--bandit-lr", type=float, metavar="LR", help="step size of --distribution bandit (default 0.05)")
+    sampling.add_argument(
+        "--bandit-lr", type=float, metavar="LR", help="step size of --distribution bandit (default 0.05)"
+    )
     sampling.add_argument("--p-min", type=float, metavar="P", help="smallest probability of a layer")
-    sampling.add_argument("--inactive", metavar="I", help="what happens to layers that nobody computed: skip (default), decay")
-    sampling.add_argument("--lag", type=int, metavar="L", help="0 (default); 1 draws from the probabilities of the step before")
+    sampling.add_argument(
+        "--inactive", metavar="I", help="what happens to layers that nobody computed: skip (default), decay"
+    )
+    sampling.add_argument(
+        "--lag", type=int, metavar="L", help="0 (default); 1 draws from the probabilities of the step before"
+    )
     sampling.add_argument("--grouping", metavar="G", help="what a layer is: module (default), tensor")
     wire = parser.add_argument_group("exchange")
-    wire.add_argument("--wire-dtype", metavar="T", help="of gradients in transit: float32, bfloat16, float16 (default: as the weights)")
-    wire.add_argument("--exchange", metavar="X", help="how gradients are summed over the ranks: auto (default), allreduce, ring")
+    wire.add_argument(
+        "--wire-dtype",
+        metavar="T",
+        help="of gradients in transit: float32, bfloat16, float16 (default: as the weights)",
+    )
+    wire.add_argument(
+        "--exchange", metavar="X", help="how gradients are summed over the ranks: auto (default), allreduce, ring"
+    )
 
 
 def _default_rates() -> str:

@@ -35,6 +35,7 @@ from jointspar.arguments import (
 )
 
 Array = Any  # torch.Tensor or numpy.ndarray
+PerTensor = float | Sequence[float] | np.ndarray | torch.Tensor  # one number, or one a tensor
 
 _chosen: ModuleType | None = None
 
@@ -99,7 +100,7 @@ def sample_layers(
     """
     p = vector("probabilities", probabilities)
     check_range("probabilities", p, 0.0, 1.0)
-    world_size = whole_number("world_size", world_size, 1, 2**31 - 1)
+    world_size = whole_number("world_size", world_size, 1, 2**24)
     active = backend().sample_layers(
         p,
         seed=whole_number("seed", seed, 0, 2**64 - 1),
@@ -112,9 +113,7 @@ def sample_layers(
     return copy_to("out", out, active) if out is not None else like(probabilities, active)
 
 
-def project_probabilities(
-    log_weights: Array, *, budget: float, p_min: float, out: Array | None = None
-) -> Array:
+def project_probabilities(log_weights: Array, *, budget: float, p_min: float, out: Array | None = None) -> Array:
     """Project weights onto { p_min <= q <= 1, sum q = budget } in the KL divergence, exactly.
 
     q_d = clip(c * w_d, p_min, 1) with the c for which the sum is `budget` (KKT conditions).
@@ -191,7 +190,7 @@ def update_probabilities(
 
 def pack_gradients(
     grads: Sequence[Array | None],
-    scales: float | Sequence[float] | Array,
+    scales: PerTensor,
     *,
     wire_dtype: Any = None,
     layout: Sequence[int] | Array | None = None,
@@ -268,13 +267,13 @@ def lars_update(
     momenta: Sequence[Array],
     grads: Sequence[Array | None] | Array,
     *,
-    lr: float | Sequence[float],
-    momentum: float | Sequence[float],
-    weight_decay: float | Sequence[float],
-    trust_coefficient: float | Sequence[float],
-    eps: float | Sequence[float],
+    lr: PerTensor,
+    momentum: PerTensor,
+    weight_decay: PerTensor,
+    trust_coefficient: PerTensor,
+    eps: PerTensor,
     nesterov: bool = False,
-    adapt: Sequence[bool] | None = None,
+    adapt: Sequence[bool] | Array | None = None,
     param_norms: Array | None = None,
     grad_norms: Array | None = None,
     layout: Sequence[int] | Array | None = None,
@@ -326,9 +325,9 @@ def sgd_update(
     momenta: Sequence[Array],
     grads: Sequence[Array | None] | Array,
     *,
-    lr: float | Sequence[float],
-    momentum: float | Sequence[float],
-    weight_decay: float | Sequence[float],
+    lr: PerTensor,
+    momentum: PerTensor,
+    weight_decay: PerTensor,
     nesterov: bool = False,
     layout: Sequence[int] | Array | None = None,
 ) -> Array:
@@ -397,6 +396,6 @@ def _feasible(budget: Any, p_min: Any, num_layers: int) -> tuple[float, float]:
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
     return str(value)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -13,7 +18,8 @@ class Stats:
     """Figures of the last step and totals since construction, on this rank.
 
     `sent_bytes` is what this rank handed to its transport; `dense_bytes` what the same exchange would have sent for all
-    layers. Times are wall-clock milliseconds of the last step, by phase.
+    layers. `weight_grad_flops_skipped` is None until `count_flops` was called on the optimizer. Times are wall-clock
+    milliseconds of the last step, by phase.
     """
 
     steps: int = 0
@@ -23,6 +29,8 @@ class Stats:
     dense_bytes: int = 0
     total_sent_bytes: int = 0
     total_dense_bytes: int = 0
+    weight_grad_flops_skipped: int | None = None
+    total_weight_grad_flops_skipped: int | None = None
     phase_ms: dict[str, float] = field(default_factory=dict)
     _active_sum: float = 0.0
 
@@ -31,8 +39,11 @@ class Stats:
         """Active fraction of the layers, averaged over the steps."""
         return self._active_sum / self.steps if self.steps else 0.0
 
-    def add_step(self, *, active_fraction: float, skipped: bool) -> None:
+    def add_step(self, *, active_fraction: float, skipped: bool, flops_skipped: int | None) -> None:
         """Count one finished step, whose sent_bytes and dense_bytes are set."""
+        self.weight_grad_flops_skipped = flops_skipped
+        if flops_skipped is not None:
+            self.total_weight_grad_flops_skipped = (self.total_weight_grad_flops_skipped or 0) + flops_skipped
         self.steps += 1
         self.skipped_steps += int(skipped)
         self.active_fraction = active_fraction
@@ -48,3 +59,23 @@ class Stats:
             yield
         finally:
             self.phase_ms[name] = (time.perf_counter() - start) * 1e3
+
+
+def weight_grad_flops(model: torch.nn.Module, layer_names: Sequence[str], *inputs: Any) -> np.ndarray:
+    """FLOPs of each layer's weight gradient for these inputs, int64 [num_layers].
+
+    A convolution's or matrix product's weight gradient takes as many as its forward; they are counted by torch's
+    FlopCounterMode in one forward without gradients, in evaluation mode. Layers of which it counts nothing
+    (embeddings, modules that were not called) have 0.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        model.train(was_training)
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    keys = [root if name == "(root)" else f"{root}.{name}" for name in layer_names]
+    return np.array([sum(counts.get(key, {}).values()) for key in keys], dtype=np.int64)

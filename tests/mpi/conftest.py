@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,13 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[2]
-_RUN = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]]()"
+_RUN = """
+import runpy, sys
+for program in sys.argv[1:]:
+    path, _, name = program.partition(":")
+    runpy.run_path(path)[name]()
+"""
+_CHECKS = ("test_mpi.py:use_transport", "test_exchange.py:sum_everything", "test_header.py:agree_and_differ")
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -37,8 +44,7 @@ class Finished:
 
     def seconds_after(self, mark: str) -> float:
         """From the moment when a rank printed "<mark> <time.time()>" to the end of the job."""
-        lines = [line.split() for line in self.output.splitlines() if line.startswith(mark + " ")]
-        return self.ended - max(float(words[1]) for words in lines)
+        return self.ended - max(float(seconds) for seconds in re.findall(rf"{mark} (\d+\.\d+)", self.output))
 
 
 def find_mpirun() -> str | None:
@@ -84,6 +90,10 @@ def mpirun() -> str:
     return path
 
 
+def run_on_ranks(mpirun: str, n: int, programs: list[str], timeout: float, env: dict[str, str] | None) -> Finished:
+    return run_job([mpirun, "-n", str(n), sys.executable, "-c", _RUN, *programs], timeout, env)
+
+
 @pytest.fixture
 def run_ranks(mpirun: str) -> Callable[..., Finished]:
     """run_ranks(n, function, expect_code=0, timeout=60, env=None): run `function` on n ranks of one job.
@@ -99,10 +109,27 @@ def run_ranks(mpirun: str) -> Callable[..., Finished]:
         timeout: float = 60,
         env: dict[str, str] | None = None,
     ) -> Finished:
-        program = [sys.executable, "-c", _RUN, inspect.getfile(function), function.__name__]
-        job = run_job([mpirun, "-n", str(n), *program], timeout, env)
-        as_expected = job.code != 0 if expect_code is None else job.code == expect_code
-        assert as_expected, f"exit code {job.code}, expected {'any but 0' if expect_code is None else expect_code}\n{job.output}"
+        job = run_on_ranks(mpirun, n, [f"{inspect.getfile(function)}:{function.__name__}"], timeout, env)
+        expected = "any but 0" if expect_code is None else expect_code
+        is_expected = job.code != 0 if expect_code is None else job.code == expect_code
+        assert is_expected, f"exit code {job.code}, expected {expected}\n{job.output}"
         return job
 
     return run
+
+
+@pytest.fixture(scope="session", params=[1, 2, 3], ids=["1 rank", "2 ranks", "3 ranks"])
+def checks(request: pytest.FixtureRequest, mpirun: str) -> Callable[[str], None]:
+    """checks(name) holds that the function of that name went well on every rank.
+
+    All of `_CHECKS` run in one job for each number of ranks, since the start of a job is what takes the time.
+    """
+    programs = [str(Path(__file__).with_name(program)) for program in _CHECKS]
+    job = run_on_ranks(mpirun, request.param, programs, 120, None)
+
+    def check(name: str) -> None:
+        missing = [rank for rank in range(request.param) if f"{name}: rank {rank} is done" not in job.output]
+        assert not missing, f"ranks {missing} did not finish {name}\n{job.output}"
+        assert job.code == 0, f"exit code {job.code}\n{job.output}"
+
+    return check

@@ -72,6 +72,18 @@ def check_large(transport):
     assert (packed == sum(range(1, transport.world_size + 1))).all()
 
 
+def check_every_segment_and_window_size(transport):
+    """The smallest segments and fewest posted receives exercise every wait of the pipeline."""
+    ring = importlib.import_module("jointspar.step.exchange.ring")
+    before = ring._MIN_SEGMENT_BYTES, ring._NUM_POSTED
+    for ring._MIN_SEGMENT_BYTES, ring._NUM_POSTED in ((4, 1), (64, 2), (4, 4)):
+        for length in (1, 2, 3, 5, 64, 1001):
+            exchange = choose("ring", transport, torch.float32)
+            packed = exchanged(transport, exchange, whole_numbers, length, torch.float32)
+            assert (packed.numpy() == sum(whole_numbers(rank, length) for rank in range(transport.world_size))).all()
+    ring._MIN_SEGMENT_BYTES, ring._NUM_POSTED = before
+
+
 def sum_everything():
     transport = mpi(timeout=30)
     for dtype in FLOATS:
@@ -79,33 +91,18 @@ def sum_everything():
         check_sums(transport, "auto", dtype)
     for dtype in (torch.float32, torch.float64):
         check_sums(transport, "allreduce", dtype)
+    check_every_segment_and_window_size(transport)
     check_ring_bytes(transport)
     check_large(transport)
     before = transport.bytes_sent
     choose("auto", transport, torch.float32)(transport, torch.ones(100), what="bytes")
     assert transport.bytes_sent - before == (400 if transport.world_size > 1 else 0)
     transport.close()
-    print(f"rank {transport.rank} is done")
+    print(f"sum_everything: rank {transport.rank} is done\n", end="", flush=True)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_exchanges_sum_over_ranks_with_the_same_bits_everywhere(run_ranks, n):
-    output = run_ranks(n, sum_everything).output
-    assert all(f"rank {rank} is done" in output for rank in range(n))
-
-
-def ring_under_narrow_segments():
-    """The smallest segments and fewest posted receives exercise every wait of the pipeline."""
-    transport = mpi(timeout=30)
-    ring = importlib.import_module("jointspar.step.exchange.ring")
-    for ring._MIN_SEGMENT_BYTES, ring._NUM_POSTED in ((4, 1), (64, 2), (4, 4)):
-        for length in (1, 2, 3, 5, 64, 1001):
-            packed = exchanged(transport, choose("ring", transport, torch.float32), whole_numbers, length, torch.float32)
-            assert (packed.numpy() == sum(whole_numbers(rank, length) for rank in range(transport.world_size))).all()
-
-
-def test_ring_is_right_for_any_segment_and_window_size(run_ranks):
-    run_ranks(4, ring_under_narrow_segments)
+def test_exchanges_sum_over_ranks_with_the_same_bits_everywhere(checks):
+    checks("sum_everything")
 
 
 def interrupt_a_ring():

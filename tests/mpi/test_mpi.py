@@ -1,6 +1,7 @@
 """The MPI transport: data, refusals, deadlines, and the end of the job when one rank fails."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -94,10 +95,8 @@ def check_forked_child_is_refused(transport):
 def use_transport():
     transport = world()
     assert transport is world()
-    if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
-        expected = "local" if os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE")) == "1" else "mpi: "
-        assert transport.name.startswith(expected)
     if transport.world_size == 1:
+        assert transport.name == "local"
         transport.close()
         transport = mpi()
     assert transport.name.startswith(("mpi: Open MPI v", "mpi: MPICH Version: "))
@@ -120,13 +119,12 @@ def use_transport():
         transport.allreduce(torch.ones(4), what="test")
     assert world() is not transport
     world().close()
-    print(f"rank {transport.rank} is done")
+    module._MAX_CHUNK = 2**30
+    print(f"use_transport: rank {transport.rank} is done\n", end="", flush=True)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_transport_moves_all_dtypes_and_refuses_bad_arguments(run_ranks, n):
-    output = run_ranks(n, use_transport).output
-    assert all(f"rank {rank} is done" in output for rank in range(n))
+def test_transport_moves_all_dtypes_and_refuses_bad_arguments(checks):
+    checks("use_transport")
 
 
 def wait_for_a_stopped_rank():
@@ -139,7 +137,8 @@ def wait_for_a_stopped_rank():
 
 def test_a_stopped_rank_is_a_timeout_that_ends_the_job(run_ranks):
     job = run_ranks(2, wait_for_a_stopped_rank, expect_code=None, timeout=30)
-    assert "CollectiveTimeout: rank 0: step 2 exchange: no answer from the other ranks for 2.0 s" in job.output
+    text = r"CollectiveTimeout: rank 0: step 2 exchange: no answer from the other ranks for [2-4]\.\d s"
+    assert re.search(text, job.output)
 
 
 def time_out_and_try_again():
@@ -150,7 +149,7 @@ def time_out_and_try_again():
     if transport.rank == 1:
         time.sleep(4)
         return
-    with pytest.raises(CollectiveTimeout, match=r"rank 0: receive 7: .* 2\.\d s"):
+    with pytest.raises(CollectiveTimeout, match=r"rank 0: receive 7: .* [23]\.\d s"):
         transport.start_receive(torch.ones(4), 1, what="receive 7").wait()
     with pytest.raises(JointSparError, match="cannot be used any more: receive 7"):
         transport.allreduce(torch.ones(4), what="step 8")
@@ -186,7 +185,7 @@ def raise_on_one_rank():
     transport = mpi()
     transport.allreduce(torch.ones(4), what="step 1")
     if transport.rank == 1:
-        print("FAULT", time.time(), flush=True)
+        print(f"FAULT {time.time()}\n", end="", flush=True)
         raise ZeroDivisionError("the fault")
     transport.allreduce(torch.ones(4), what="step 2")
 
@@ -201,7 +200,7 @@ def raise_in_a_thread():
     transport = mpi()
 
     def fail():
-        print("FAULT", time.time(), flush=True)
+        print(f"FAULT {time.time()}\n", end="", flush=True)
         raise JointSparError("the fault")
 
     if transport.rank == 1:

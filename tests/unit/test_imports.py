@@ -14,18 +14,18 @@ PACKAGE = ROOT / "python" / "jointspar"
 
 # From the bottom up: a module imports only what stands before it, or its own package.
 ORDER = (
-    "errors", "jointspar_ext", "arguments", "backends", "ops", "telemetry", "schedule", "comm", "step", "optimizers",
-    "checkpoint", "training", "cli",
+    "errors", "jointspar_ext", "arguments", "backends", "ops", "telemetry", "schedule", "comm", "step", "replicas",
+    "optimizers", "checkpoint", "training", "cli", "__main__",
 )  # fmt: skip
 
 MPI_FILE = "jointspar.comm.mpi"
 DISTRIBUTED_FILE = "jointspar.comm.torch_dist"
 
 # mpi4py's lower-case methods pickle what they send and unpickle what a peer sent.
-PICKLING_CALLS = frozenset(
-    "bcast send ssend bsend rsend recv sendrecv isend issend ibsend irsend irecv mrecv imrecv "
-    "gather scatter allgather alltoall reduce allreduce scan exscan".split()
-)
+PICKLING_CALLS = {
+    "bcast", "send", "ssend", "bsend", "rsend", "recv", "sendrecv", "isend", "issend", "ibsend", "irsend", "irecv",
+    "mrecv", "imrecv", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan",
+}  # fmt: skip
 FORBIDDEN_IN_KERNELS = re.compile(r'^\s*#\s*include\s*[<"](Python\.h|pybind11/|torch/|ATen/|c10/|mpi\.h|numpy/)', re.M)
 
 
@@ -67,15 +67,19 @@ def reasons_against(module: str, name: str) -> Iterator[str]:
             yield "stages do not import each other"
         if other == "comm" and stage_of(module) != "exchange":
             yield "only step.exchange talks to comm"
-    if module.startswith("jointspar.backends.reference") and other not in ("", "errors"):
-        if not name.startswith("jointspar.backends.reference") and name != "jointspar.backends":
-            yield "the reference uses no code of the project"
+    if module.startswith("jointspar.backends.reference") and not is_reference_or_errors(name):
+        yield "the reference uses no code of the project"
     if name.split(".")[0] == "mpi4py" and module != MPI_FILE:
         yield f"only {MPI_FILE} may"
     if name.startswith("torch.distributed") and module != DISTRIBUTED_FILE:
         yield f"only {DISTRIBUTED_FILE} may"
     if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "shelve"):
         yield "nothing is unpickled"
+
+
+def is_reference_or_errors(name: str) -> bool:
+    own = name.startswith("jointspar.backends.reference") or name == "jointspar.backends"
+    return own or unit_of(name) in ("", "errors")
 
 
 def stage_of(module: str) -> str:

@@ -8,9 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import DTYPES, NORM_TOLERANCE, SIZES, TOLERANCE, Arrays, at_odd_offset, bits, relative_error, same_bits_on_1_and_2_threads
 
 from jointspar import ops
+from support import (
+    DTYPES,
+    NORM_TOLERANCE,
+    SIZES,
+    TOLERANCE,
+    Arrays,
+    at_odd_offset,
+    bits,
+    momentum_dtype,
+    relative_error,
+    same_bits_on_1_and_2_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -38,10 +49,6 @@ def lars_in_float64(
     d = local * (grad + weight_decay * w)
     u = momentum * u + d
     return w - lr * (d + momentum * u if nesterov else u), u
-
-
-def momentum_dtype(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
 
 
 def random_state(
@@ -102,9 +109,7 @@ def test_gradient_and_parameter_dtypes_mix(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_carried_norms_equal_measured_ones_over_50_steps(
-    library: Arrays, rng: np.random.Generator, dtype: str
-) -> None:
+def test_carried_norms_equal_measured_ones_over_50_steps(library: Arrays, rng: np.random.Generator, dtype: str) -> None:
     params, momenta, _ = random_state(library, rng, dtype)
     plain_params, plain_momenta = copies(library, params, momenta)
     carried = None
@@ -229,9 +234,7 @@ def test_a_packed_buffer_may_start_at_an_odd_address(library: Arrays, rng: np.ra
     results = []
     for offset in (0, 1, 3):
         params, momenta, _ = random_state(library, np.random.default_rng(1), "float32")
-        ops.lars_update(
-            params, momenta, at_odd_offset(library, values, "float32", offset), **LARS, adapt=all_adapted()
-        )
+        ops.lars_update(params, momenta, at_odd_offset(library, values, "float32", offset), **LARS, adapt=all_adapted())
         results.append([bits(array) for array in (*params, *momenta)])
     assert results[0] == results[1] == results[2]
 

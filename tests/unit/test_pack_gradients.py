@@ -7,9 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import DTYPES, NORM_TOLERANCE, SIZES, TOLERANCE, Arrays, at_odd_offset, bits, relative_error, same_bits_on_1_and_2_threads
 
 from jointspar import ops
+from support import (
+    DTYPES,
+    NORM_TOLERANCE,
+    SIZES,
+    TOLERANCE,
+    Arrays,
+    at_odd_offset,
+    bits,
+    relative_error,
+    same_bits_on_1_and_2_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -16,7 +16,7 @@ def make():
 
 
 def test_wanted_gradients_are_concatenated_scaled_and_measured():
-    parameters, packer = make()
+    _, packer = make()
     layout = packer.layout(np.array([True, False, True]))
     packed, squared_norms = packer.pack(layout, np.array([True, True, True]), np.array([2.0, 9.0, 0.5]))
     assert packed.tolist() == [2.0] * 6 + [1.5] * 4

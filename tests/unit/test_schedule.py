@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_warms_up_linearly_from_base_lr_to_the_scaled_rate() -> None:
     assert seen[0] == pytest.approx(0.1)
     assert seen[5] == pytest.approx(0.1 + 0.5 * (3.2 - 0.1))
     assert seen[10] == seen[11] == pytest.approx(3.2)
-    assert [b - a for a, b in zip(seen[:10], seen[1:11])] == pytest.approx([0.31] * 10)
+    assert [b - a for a, b in pairwise(seen[:11])] == pytest.approx([0.31] * 10)
 
 
 def test_multiplies_by_gamma_at_each_milestone() -> None:
@@ -78,7 +79,7 @@ def test_resumes_from_a_state_dict_that_went_through_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("base_lr", 0.0), ("base_lr", float("nan")), ("world_size", 0), ("local_batch", -1), ("steps_per_epoch", 0),
         ("warmup_epochs", -1), ("milestones", (30, 20)), ("milestones", (0,)), ("gamma", 0), ("reference_batch", 0),

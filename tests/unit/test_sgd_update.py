@@ -7,9 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import DTYPES, NORM_TOLERANCE, SIZES, TOLERANCE, Arrays, at_odd_offset, bits, relative_error, same_bits_on_1_and_2_threads
 
 from jointspar import ops
+from support import (
+    DTYPES,
+    NORM_TOLERANCE,
+    SIZES,
+    TOLERANCE,
+    Arrays,
+    at_odd_offset,
+    bits,
+    momentum_dtype,
+    relative_error,
+    same_bits_on_1_and_2_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -22,10 +33,6 @@ def sgd_in_float64(
     d = grad + weight_decay * w
     u = momentum * u + d
     return w - lr * (d + momentum * u if nesterov else u), u
-
-
-def momentum_dtype(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
 
 
 def random_state(arrays: Arrays, rng: np.random.Generator, dtype: str, offset: int = 0) -> tuple[list, list, list]:
@@ -63,7 +70,9 @@ def test_50_steps_follow_torch(
 ) -> None:
     if nesterov and momentum == 0.0:
         pytest.skip("torch refuses nesterov without momentum")
-    start = [torch.tensor(rng.standard_normal(shape)).to(getattr(torch, dtype)) for shape in ((7, 5), (300,), (2, 3, 4))]
+    start = [
+        torch.tensor(rng.standard_normal(shape)).to(getattr(torch, dtype)) for shape in ((7, 5), (300,), (2, 3, 4))
+    ]
     theirs, ours = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
     momenta = [torch.zeros_like(tensor) for tensor in start]
     settings = {"lr": 0.05, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import DTYPES, NORM_TOLERANCE, SIZES, Arrays, at_odd_offset, same_bits_on_1_and_2_threads
 
 from jointspar import ops
+from support import DTYPES, NORM_TOLERANCE, SIZES, Arrays, at_odd_offset, same_bits_on_1_and_2_threads
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -45,7 +45,7 @@ def pack_gradients(grads: Sequence[Array | None], scales: np.ndarray, sizes: np.
     The product is formed in float32 (float64 where source or packed is float64), then rounded to the packed dtype.
     Returns float64 [num_tensors]: squared norms before scaling.
     """
-    target = flat_buffer("packed", packed, writable=True)
+    target = flat_buffer("out", packed, writable=True)
     sources = optional_flat_arrays("grads", grads)
     check_lengths(len(sources), scales=scales, sizes=sizes)
     parts = slices("sizes", target, sizes)
@@ -238,7 +238,8 @@ def _store(target: torch.Tensor, values: torch.Tensor) -> None:
 
 def _squared_norm(values: torch.Tensor) -> float:
     # NumPy sums in one thread: the same bits whatever the number of torch threads.
-    return float(np.square(values.to(torch.float64).numpy()).sum())
+    with np.errstate(over="ignore"):
+        return float(np.square(values.to(torch.float64).numpy()).sum())
 
 
 def _norm(values: torch.Tensor) -> float:

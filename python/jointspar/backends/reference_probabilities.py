@@ -196,7 +196,7 @@ def _check_feasible(num_layers: int, budget: float, p_min: float) -> None:
     tolerance = 1e-9 * max(1.0, budget)
     if not 0.0 < p_min <= 1.0:
         raise ValueError("p_min: must be in (0, 1]")
-    if not p_min * num_layers - tolerance <= budget <= num_layers + tolerance:
+    if not (math.isfinite(budget) and p_min * num_layers - tolerance <= budget <= num_layers + tolerance):
         raise ValueError(f"budget: {budget} is outside [p_min * num_layers, num_layers]")
 
 

@@ -22,9 +22,9 @@ def world() -> Transport:
     """The transport of the launcher at hand: MPI under mpirun or srun, else a single process.
 
     The same object on every call until it is closed, so that it may stand as a default argument. A plain single
-    process, or a launcher that says 1 rank, never imports MPI. Raises JointSparError when the launcher started several ranks but mpi4py is missing
-    or belongs to another MPI than the launcher (each rank would then train alone), and under torchrun, for which
-    this version has no transport.
+    process, or a launcher that says 1 rank, never imports MPI. Raises JointSparError when the launcher started several
+    ranks but mpi4py is missing or belongs to another MPI than the launcher (each rank would then train alone), and
+    under torchrun, for which this version has no transport.
     """
     global _world
     if _world is None or _world.is_closed:

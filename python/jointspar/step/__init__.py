@@ -1,1 +1,1 @@
-"""The stages of one training iteration, in order: layers, sampling, active_backward, packing, exchange, update, probabilities."""
+"""The stages of one iteration: layers, sampling, active_backward, packing, exchange, update, probabilities."""

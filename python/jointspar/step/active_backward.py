@@ -32,7 +32,7 @@ class ActiveBackward:
         self._as_set = found
         return bool(changed.any())
 
-    def set_trainable(self, positions: Sequence[int], trainable: bool) -> None:
+    def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
         """Freeze or thaw parameters, active or not; acts at the next `activate`."""
         self.trainable[list(positions)] = trainable
 
@@ -45,7 +45,7 @@ class ActiveBackward:
         flags = wanted & self.trainable
         if not flags.any() and self.trainable.any():
             flags[np.flatnonzero(self.trainable)[-1]] = True
-        for index in np.flatnonzero(flags != self._as_set):
+        for index in np.flatnonzero(flags != self._as_set).tolist():
             self._parameters[index].requires_grad_(bool(flags[index]))
         self._as_set = flags
 

@@ -93,9 +93,7 @@ class Packer:
         return grad
 
 
-def gradient_scales(
-    strategy: str, drawn_probabilities: np.ndarray, counts: np.ndarray, world_size: int
-) -> np.ndarray:
+def gradient_scales(strategy: str, drawn_probabilities: np.ndarray, counts: np.ndarray, world_size: int) -> np.ndarray:
     """Factors that make the sum over ranks an unbiased mean gradient; float64 [num_layers].
 
     1 / (p * M) where ranks draw by themselves or all alike, 1 / (k * min(1, M * p)) for the k ranks of a stratified

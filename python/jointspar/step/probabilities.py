@@ -84,9 +84,9 @@ class LayerDistribution:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`, once `check_state` has passed it."""
         for name in ("probabilities", "drawn_probabilities", "norm_ema"):
-            setattr(self, name, np.array(state[name], dtype=np.float64))
-        self.norm_count = np.array(state["norm_count"], dtype=np.int64)
-        self.eligible = np.array(state["eligible"], dtype=bool)
+            setattr(self, name, np.asarray(state[name]).astype(np.float64))
+        self.norm_count = np.asarray(state["norm_count"]).astype(np.int64)
+        self.eligible = np.asarray(state["eligible"]).astype(bool)
         self.gradient_bound = float(state["gradient_bound"])
         self._set_constraints()
 

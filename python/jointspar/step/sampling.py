@@ -29,7 +29,7 @@ class Sampling:
         seed: key of the random numbers; the same on all ranks.
         grouping: "module" or "tensor", see `group_layers`.
 
-    Source: Liu & Mozafari 2022, Algorithms 1 and 2; "stratified", "shared", "systematic", "norm" and lag are extensions.
+    Source: Liu & Mozafari 2022, Algorithms 1 and 2. Extensions: "stratified", "shared", "systematic", "norm", lag.
     """
 
     budget: float = 0.5
@@ -65,7 +65,7 @@ class Sampling:
 
     @classmethod
     def paper(cls, budget: float, **overrides: Any) -> Sampling:
-        """The paper's literal choices: every tensor a layer, independent Bernoulli draws, Algorithm 1 with its shift."""
+        """The paper's literal choices: tensors as layers, independent Bernoulli draws, Algorithm 1 with its shift."""
         choices: dict[str, Any] = dict(
             strategy="independent", draw="bernoulli", distribution="bandit", shift=True, grouping="tensor"
         )
@@ -90,9 +90,7 @@ class Sampling:
         return expected, min(self.p_min, share)
 
 
-def draw_layers(
-    probabilities: np.ndarray, sampling: Sampling, *, step: int, rank: int, world_size: int
-) -> np.ndarray:
+def draw_layers(probabilities: np.ndarray, sampling: Sampling, *, step: int, rank: int, world_size: int) -> np.ndarray:
     """The active layers of this rank, bool [num_layers]; a layer of probability 0 (frozen) is never drawn."""
     eligible = probabilities > 0.0
     active = np.zeros(probabilities.size, dtype=bool)

@@ -16,7 +16,9 @@ REMEASURE_EVERY = 100  # steps after which carried norms are measured again
 class HyperParameters:
     """The parameter groups' settings as one row of float64 per parameter."""
 
-    def __init__(self, param_groups: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor], names: Sequence[str]):
+    def __init__(
+        self, param_groups: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor], names: Sequence[str]
+    ):
         self._groups = param_groups
         self.names = tuple(names)
         position_of = {id(parameter): position for position, parameter in enumerate(parameters)}
@@ -42,6 +44,11 @@ class HyperParameters:
                 raise ValueError("nesterov: needs a momentum above 0")
         if len({bool(group["nesterov"]) for group in self._groups}) > 1:
             raise ValueError("nesterov: must be the same in all parameter groups")
+
+    @property
+    def nesterov(self) -> bool:
+        """The same in all groups, see `check`."""
+        return bool(self._groups[0]["nesterov"])
 
     def table(self) -> list[list[float]]:
         """Current values, one row a group: what ranks must agree on before each exchange."""
@@ -75,7 +82,6 @@ class LarsUpdate:
         grads: torch.Tensor | None,
         grad_norms: np.ndarray | None,
         hyper: HyperParameters,
-        nesterov: bool,
     ) -> None:
         """Update the parameters at `positions`, in place with their momenta.
 
@@ -93,7 +99,7 @@ class LarsUpdate:
             parameters,
             [self._momenta[position] for position in positions.tolist()],
             grads if grads is not None else [None] * positions.size,
-            nesterov=nesterov,
+            nesterov=hyper.nesterov,
             adapt=adapt,
             param_norms=self._carried(positions, parameters),
             grad_norms=grad_norms,
@@ -125,14 +131,13 @@ class SgdUpdate:
         grads: torch.Tensor | None,
         grad_norms: np.ndarray | None,
         hyper: HyperParameters,
-        nesterov: bool,
     ) -> None:
         """As `LarsUpdate.apply`; the norms are not needed."""
         ops.sgd_update(
             [self._parameters[position] for position in positions.tolist()],
             [self._momenta[position] for position in positions.tolist()],
             grads if grads is not None else [None] * positions.size,
-            nesterov=nesterov,
+            nesterov=hyper.nesterov,
             **hyper.read(positions),
         )
 

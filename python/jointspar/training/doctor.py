@@ -65,8 +65,8 @@ def examine() -> int:
 
 
 def _check_versions() -> Iterator[Finding]:
-    text = f"jointspar {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}"
-    yield Finding("ok", "versions", text)
+    text = f"jointspar {__version__}, Python {platform.python_version()}"
+    yield Finding("ok", "versions", f"{text}, NumPy {np.__version__}, torch {torch.__version__}")
     missing = [name for name in ("matplotlib", "safetensors", "tqdm", "PIL", "sklearn") if find_spec(name) is None]
     if missing:
         advice = "jointspar train needs them: pip install 'jointspar[train]'"
@@ -81,7 +81,9 @@ def _check_kernels() -> Iterator[Finding]:
         return
     if backend != "native":
         advice = "pip install jointspar with a C++17 compiler at hand; unset JOINTSPAR_BACKEND if it is set"
-        yield Finding("note", "kernels", f"backend {backend}: right, but slow; the compiled kernels are not used", advice)
+        yield Finding(
+            "note", "kernels", f"backend {backend}: right, but slow; the compiled kernels are not used", advice
+        )
         return
     information = importlib.import_module("jointspar_ext._core").build_info
     described = ", ".join(f"{key} {value}" for key, value in information.items())
@@ -164,7 +166,9 @@ def _launcher_finding(library: str) -> Finding:
     is_hydra = "HYDRA" in shown.stdout
     first = "HYDRA (MPICH)" if is_hydra else next(iter(shown.stdout.splitlines()), "unknown")
     if is_hydra != library.startswith(("MPICH", "Intel")):
-        advice = f"it belongs to another MPI than {library}: each rank would be alone; use the mpirun beside this Python"
+        advice = (
+            f"it belongs to another MPI than {library}: each rank would be alone; use the mpirun beside this Python"
+        )
         return Finding("bad", "launcher", f"{launcher}: {first}", advice)
     return Finding("ok", "launcher", f"{launcher}: {first}")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch.nn import functional
 
 import jointspar as js
 from jointspar.comm.transport import Transport
+from jointspar.telemetry import Stats
 from jointspar.training.config import (
-    DEFAULT_TRUST_COEFFICIENT,
     METHODS,
-    SAMPLING_FIELDS,
+    REFERENCE_BATCH,
     TrainConfig,
     launcher_rank,
     threads_per_rank,
@@ -37,16 +36,9 @@ from jointspar.training.records import (
     read_metrics,
     write_summary,
 )
+from jointspar.training.setup import SetupError, agree_on_start, check_warmup, make_optimizer, prepare_folder
 
 _EVALUATION_BATCH = 500
-
-
-class SetupError(ValueError):
-    """The run cannot start as configured; raised on every rank alike. `is_speaker` marks the rank to report it."""
-
-    def __init__(self, message: str, *, is_speaker: bool) -> None:
-        super().__init__(message)
-        self.is_speaker = is_speaker
 
 
 @dataclass
@@ -94,7 +86,7 @@ class Run:
         self.model = build_model(
             config.model, dataset.in_channels, dataset.num_classes, dataset.image_size, seed=config.seed
         )
-        self.optimizer = _make_optimizer(config, self.model, comm)
+        self.optimizer = make_optimizer(config, self.model, comm)
         self.scheduler = js.schedule.linear_scaling_warmup(
             self.optimizer,
             base_lr=config.scaled_base_lr(comm.world_size),
@@ -103,12 +95,13 @@ class Run:
             steps_per_epoch=len(batches),
             warmup_epochs=config.warmup(),
             milestones=config.schedule_milestones(),
+            reference_batch=REFERENCE_BATCH,
         )
         self.identity = config.identity() | {"world_size": comm.world_size}
         self.progress = self._load() if config.resume else Progress()
-        self.counted_bytes = (self.optimizer.stats.total_sent_bytes, self.optimizer.stats.total_dense_bytes)
+        self.counted = _totals(self.optimizer.stats)  # what `progress` contains already
         self.lr = float("nan")  # of the last step
-        self.phase_ms: Counter[str] = Counter()
+        self.phase_ms: defaultdict[str, float] = defaultdict(float)  # summed over the epoch's steps
         self.phase_steps = 0
         self.num_steps = min(config.max_steps or config.epochs * len(batches), config.epochs * len(batches))
         self.metrics = None
@@ -163,12 +156,14 @@ class Run:
         progress.step += 1
         progress.batch += 1
         progress.loss_sum += loss
-        sent, dense = stats.total_sent_bytes, stats.total_dense_bytes
-        progress.bytes_sent += sent - self.counted_bytes[0]
-        progress.bytes_dense += dense - self.counted_bytes[1]
-        self.counted_bytes = (sent, dense)
+        totals = _totals(stats)
+        progress.bytes_sent += totals[0] - self.counted[0]
+        progress.bytes_dense += totals[1] - self.counted[1]
+        progress.skipped_steps += totals[2] - self.counted[2]
+        self.counted = totals
         progress.active_sum += stats.active_fraction
-        self.phase_ms.update(stats.phase_ms)
+        for name, ms in stats.phase_ms.items():
+            self.phase_ms[name] += ms
         self.phase_steps += 1
         self.display.advance(loss)
         if self.metrics is not None and progress.step % self.config.log_every == 0:
@@ -228,7 +223,7 @@ class Run:
     def _average_over_ranks(self, *names: str) -> None:
         values = torch.tensor([getattr(self.progress, name) for name in names], dtype=torch.float64)
         self.comm.allreduce(values, what="averages of the epoch")
-        for name, value in zip(names, (values / self.comm.world_size).tolist()):
+        for name, value in zip(names, (values / self.comm.world_size).tolist(), strict=True):
             setattr(self.progress, name, value)
 
     def _load(self) -> Progress:
@@ -282,9 +277,13 @@ class Run:
             budget=sampling.budget if method.is_sparse else None,
             strategy=sampling.strategy if method.is_sparse else None,
             epochs=config.epochs,
-            skipped_steps=self.optimizer.stats.skipped_steps,
+            skipped_steps=progress.skipped_steps,
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )
+
+
+def _totals(stats: Stats) -> tuple[int, int, int]:
+    return stats.total_sent_bytes, stats.total_dense_bytes, stats.skipped_steps
 
 
 def _set_up(config: TrainConfig, comm: Transport) -> Run:
@@ -293,63 +292,13 @@ def _set_up(config: TrainConfig, comm: Transport) -> Run:
     try:
         dataset = load_dataset(config.dataset, config.data_dir)
         batches = ShardedBatches(dataset, config.batch_size, comm.rank, comm.world_size, config.seed)
+        check_warmup(config, comm.world_size)
         if comm.rank == 0:
-            _prepare_folder(config)
+            prepare_folder(config)
     except (ValueError, OSError) as caught:
         error = caught
-    _agree_on_start(comm, error)
+    agree_on_start(comm, error)
     try:
         return Run(config, comm, dataset, batches)
     except (ValueError, js.errors.CheckpointError) as caught:  # alike on all ranks
         raise SetupError(str(caught), is_speaker=comm.rank == 0) from caught
-
-
-def _agree_on_start(comm: Transport, error: Exception | None) -> None:
-    """Raise SetupError on every rank when any rank has an error; the first of those speaks."""
-    has_failed = comm.start_headers(np.array([error is not None], dtype=np.int64), what="set-up").wait()[:, 0]
-    if has_failed.any():
-        first = int(has_failed.argmax())
-        raise SetupError(str(error or f"rank {first} could not start"), is_speaker=comm.rank == first) from error
-
-
-def _prepare_folder(config: TrainConfig) -> None:
-    """Make config.out and see that it can be written, and that no other run is in it. Raises ValueError."""
-    folder = config.out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from error
-    has_checkpoint = (folder / CHECKPOINT_FOLDER).is_dir() and any((folder / CHECKPOINT_FOLDER).iterdir())
-    if config.resume and not has_checkpoint:
-        raise ValueError(f"--resume: no checkpoint in {folder}; start without --resume, or give the --out of a started run")
-    if not config.resume and (has_checkpoint or (folder / SUMMARY_FILE).exists()):
-        raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
-
-
-def _make_optimizer(
-    config: TrainConfig, model: torch.nn.Module, comm: Transport
-) -> js.JointSparLARS | js.JointSparSGD:
-    """The optimizer of config.method; the dense methods are the same optimizers with every layer active."""
-    method = METHODS[config.method]
-    if method.is_sparse:
-        given = {name: getattr(config, name) for name in SAMPLING_FIELDS if getattr(config, name) is not None}
-        sampling = js.Sampling(**given, seed=config.seed)
-    else:
-        sampling = js.Sampling(budget=1.0, strategy="shared", distribution="uniform", seed=config.seed)
-    options: dict[str, Any] = {
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-        "nesterov": config.nesterov,
-        "sampling": sampling,
-        "comm": comm,
-    }
-    for name in ("inactive", "wire_dtype", "exchange"):
-        if getattr(config, name) is not None:
-            options[name] = getattr(config, name)
-    lr = config.scaled_base_lr(comm.world_size)  # the scheduler sets the rate before the first step
-    if not method.is_layerwise:
-        return js.JointSparSGD(model.named_parameters(), lr=lr, **options)
-    trust = DEFAULT_TRUST_COEFFICIENT if config.trust_coefficient is None else config.trust_coefficient
-    return js.JointSparLARS(model.named_parameters(), lr=lr, trust_coefficient=trust, **options)

@@ -19,7 +19,9 @@ def build_model(name: str, in_channels: int, num_classes: int, image_size: int, 
         raise ValueError(f"model {name!r} is unknown: choose from {', '.join(_BUILDERS)}")
     builder, smallest = _BUILDERS[name]
     if image_size < smallest:
-        raise ValueError(f"model {name} needs images of at least {smallest} x {smallest}, got {image_size} x {image_size}")
+        raise ValueError(
+            f"model {name} needs images of at least {smallest} x {smallest}, got {image_size} x {image_size}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return builder(in_channels, num_classes, image_size)
@@ -119,7 +121,7 @@ class ResNet(nn.Module):
         self.stem = stem
         stages: list[nn.Module] = []
         in_width = widths[0] if block is BasicBlock else 64
-        for stage, (num_blocks, width) in enumerate(zip(blocks_per_stage, widths)):
+        for stage, (num_blocks, width) in enumerate(zip(blocks_per_stage, widths, strict=True)):
             blocks: list[nn.Module] = []
             for k in range(num_blocks):
                 blocks.append(block(in_width, width, 2 if stage > 0 and k == 0 else 1, shortcut))

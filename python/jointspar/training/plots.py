@@ -52,8 +52,10 @@ def plot_comparison(path: Path, runs: Mapping[str, Sequence[Record]], title: str
         FigureCanvasAgg(figure)
         loss, accuracy, traffic = figure.subplots(1, 3)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        for colour, (label, lines) in zip(_COLOURS, epochs.items()):
-            loss.plot(_column(lines, "epoch"), _column(lines, "train_loss"), color=colour, label=label, **_markers(lines))
+        for colour, (label, lines) in zip(_COLOURS, epochs.items(), strict=False):
+            loss.plot(
+                _column(lines, "epoch"), _column(lines, "train_loss"), color=colour, label=label, **_markers(lines)
+            )
             sent_mb = _column(lines, "bytes_sent") / 1e6
             traffic.plot(sent_mb, 100 * _column(lines, "test_accuracy"), color=colour, **_markers(lines))
         loss.set(title="Training loss", ylim=(0, None))
@@ -64,7 +66,7 @@ def plot_comparison(path: Path, runs: Mapping[str, Sequence[Record]], title: str
         figure.savefig(path, dpi=120)
 
 
-_STYLE = {
+_STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -89,15 +91,19 @@ def _title(summary: Summary) -> str:
 
 def _draw_loss(axes: Axes, steps: Sequence[Record], epochs: Sequence[Record], steps_per_epoch: float) -> None:
     if steps:
-        axes.plot(_column(steps, "step") / steps_per_epoch, _column(steps, "train_loss"), color=_FAINT, lw=1, label="step")
-    axes.plot(_column(epochs, "epoch"), _column(epochs, "train_loss"), color=_INK, label="epoch mean", **_markers(epochs))
+        axes.plot(
+            _column(steps, "step") / steps_per_epoch, _column(steps, "train_loss"), color=_FAINT, lw=1, label="step"
+        )
+    axes.plot(
+        _column(epochs, "epoch"), _column(epochs, "train_loss"), color=_INK, label="epoch mean", **_markers(epochs)
+    )
     axes.set(title="Training loss", ylim=(0, None))
     _epochs_below(axes)
     axes.legend(frameon=False)
 
 
 def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
-    for colour, (label, epochs) in zip(_COLOURS, runs.items()):
+    for colour, (label, epochs) in zip(_COLOURS, runs.items(), strict=False):
         percent = 100 * _column(epochs, "test_accuracy")
         axes.plot(_column(epochs, "epoch"), percent, color=colour, label=label, **_markers(epochs))
     axes.set(title="Test accuracy", ylabel="%")

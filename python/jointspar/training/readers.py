@@ -31,7 +31,9 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
         raise DatasetError(f"{path} is truncated: {len(content)} bytes, an IDX header has {header_bytes}")
     magic = bytes([0, 0, _IDX_UINT8, ndim])
     if content[:4] != magic:
-        raise DatasetError(f"{path} is not an IDX file of this kind: it starts with {content[:4].hex()}, not {magic.hex()}")
+        raise DatasetError(
+            f"{path} is not an IDX file of this kind: it starts with {content[:4].hex()}, not {magic.hex()}"
+        )
     shape = [int(size) for size in np.frombuffer(content, ">u4", count=ndim, offset=4)]
     num_values = math.prod(shape)
     if len(content) != header_bytes + num_values:
@@ -55,7 +57,9 @@ def read_cifar_bin(path: Path, *, num_items: int = 10_000) -> tuple[np.ndarray, 
     content = _read_bytes(path)
     record_bytes = 1 + 3 * 32 * 32
     if len(content) != num_items * record_bytes:
-        raise DatasetError(f"{path} is damaged: {len(content)} bytes, {num_items} records need {num_items * record_bytes}")
+        raise DatasetError(
+            f"{path} is damaged: {len(content)} bytes, {num_items} records need {num_items * record_bytes}"
+        )
     records = np.frombuffer(content, np.uint8).reshape(num_items, record_bytes)
     labels = _checked_labels(path, records[:, 0], num_items, 10)
     return records[:, 1:].reshape(num_items, 3, 32, 32), labels

@@ -132,5 +132,6 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
     return (
         f"epoch {record['epoch']:>3}/{num_epochs}  loss {record['train_loss']:.4f}  "
         f"test accuracy {100 * record['test_accuracy']:6.2f} %  lr {record['lr']:.4g}  "
-        f"active {record['active_fraction']:.2f}  sent {readable_bytes(record['bytes_sent'])}  {record['seconds']:.1f} s"
+        f"active {record['active_fraction']:.2f}  sent {readable_bytes(record['bytes_sent'])}  "
+        f"{record['seconds']:.1f} s"
     )

@@ -1,0 +1,89 @@
+"""Before the first step: the ranks agree that all can start, the folder is ready, the optimizer is built."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+
+import jointspar as js
+from jointspar.comm.transport import Transport
+from jointspar.training.config import (
+    DEFAULT_TRUST_COEFFICIENT,
+    METHODS,
+    REFERENCE_BATCH,
+    SAMPLING_FIELDS,
+    TrainConfig,
+)
+from jointspar.training.records import CHECKPOINT_FOLDER, SUMMARY_FILE
+
+
+class SetupError(ValueError):
+    """The run cannot start as configured; raised on every rank alike. `is_speaker` marks the rank to report it."""
+
+    def __init__(self, message: str, *, is_speaker: bool) -> None:
+        super().__init__(message)
+        self.is_speaker = is_speaker
+
+
+def agree_on_start(comm: Transport, error: Exception | None) -> None:
+    """Raise SetupError on every rank when any rank has an error; the first of those speaks."""
+    has_failed = comm.start_headers(np.array([error is not None], dtype=np.int64), what="set-up").wait()[:, 0]
+    if has_failed.any():
+        first = int(has_failed.argmax())
+        raise SetupError(str(error or f"rank {first} could not start"), is_speaker=comm.rank == first) from error
+
+
+def check_warmup(config: TrainConfig, world_size: int) -> None:
+    """Refuse a warm-up that would do nothing. Raises ValueError."""
+    global_batch = world_size * config.batch_size
+    if config.warmup_epochs and global_batch <= REFERENCE_BATCH:
+        raise ValueError(
+            f"--warmup-epochs does not act with {global_batch} samples per step: the rate starts low and rises only "
+            f"where it is scaled up, above {REFERENCE_BATCH}; leave it out, or give a larger --batch-size"
+        )
+
+
+def prepare_folder(config: TrainConfig) -> None:
+    """Make config.out and see that it can be written, and that no other run is in it. Raises ValueError."""
+    folder = config.out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from error
+    has_checkpoint = (folder / CHECKPOINT_FOLDER).is_dir() and any((folder / CHECKPOINT_FOLDER).iterdir())
+    if config.resume and not has_checkpoint:
+        raise ValueError(
+            f"--resume: no checkpoint in {folder}; start without --resume, or give the --out of a started run"
+        )
+    if not config.resume and (has_checkpoint or (folder / SUMMARY_FILE).exists()):
+        raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
+
+
+def make_optimizer(config: TrainConfig, model: torch.nn.Module, comm: Transport) -> js.JointSparLARS | js.JointSparSGD:
+    """The optimizer of config.method; the dense methods are the same optimizers with every layer active."""
+    method = METHODS[config.method]
+    if method.is_sparse:
+        given = {name: getattr(config, name) for name in SAMPLING_FIELDS if getattr(config, name) is not None}
+        sampling = js.Sampling(**given, seed=config.seed)
+    else:
+        sampling = js.Sampling(budget=1.0, strategy="shared", distribution="uniform", seed=config.seed)
+    options: dict[str, Any] = {
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "nesterov": config.nesterov,
+        "sampling": sampling,
+        "comm": comm,
+    }
+    for name in ("inactive", "wire_dtype", "exchange"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    lr = config.scaled_base_lr(comm.world_size)  # the scheduler sets the rate before the first step
+    if not method.is_layerwise:
+        return js.JointSparSGD(model.named_parameters(), lr=lr, **options)
+    trust = DEFAULT_TRUST_COEFFICIENT if config.trust_coefficient is None else config.trust_coefficient
+    return js.JointSparLARS(model.named_parameters(), lr=lr, trust_coefficient=trust, **options)

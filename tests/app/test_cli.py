@@ -1,0 +1,125 @@
+"""The command line as a user meets it: exit codes, one clear line, under mpirun too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jointspar import cli
+from jointspar.training.config import TrainConfig, flag
+from jointspar.training.doctor import find_launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)]),
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must be refused, and return its one line."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--help"),
+        (("fly",), "invalid choice"),
+        (("train",), "--out"),
+        (("train", "--out", "x", "--epochs", "many"), "--epochs"),
+        (("train", "--out", "x", "--colour", "red"), "unknown argument '--colour'"),
+        (("train", "--out", "x", "--method", "adam"), "choose from sgd, lars, jointspar, jointspar-lars"),
+        (("train", "--out", "x", "--budget", "1.5"), "--budget 1.5 is out of range"),
+        (("train", "--out", "x", "--budget", "half"), "--budget"),
+        (("train", "--out", "x", "--method", "lars", "--budget", "0.5"), "--budget does not act"),
+        (("doctor", "--loud"), "unknown argument '--loud'"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--budget", "6"), "--budget: 6 layers of 5"),
+        (("--budget", "0.5", "--p-min", "0.9"), "--p-min: 0.9"),
+        (("--strategy", "psychic"), "--strategy: 'psychic' is not one of"),
+        (("--wire-dtype", "int8"), "--wire-dtype"),
+        (("--exchange", "pigeon"), "pigeon"),
+        (("--batch-size", "2000"), "give a smaller --batch-size"),
+        (("--resume",), "no checkpoint"),
+        (("--warmup-epochs", "3"), "--warmup-epochs does not act with 64 samples per step"),
+        (("--dataset", "mnist", "--data-dir", "nowhere"), "train-images-idx3-ubyte is missing"),
+    ],
+)
+def test_what_only_the_run_can_know_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, "train", "--out", str(tmp_path / "run"), *flags)
+
+
+def test_out_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "train", "--out", str(tmp_path / "file" / "run"))
+
+
+def test_out_that_holds_a_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    assert "--resume, or give another folder" in refused(capsys, "train", "--out", str(tmp_path))
+
+
+def test_budget_with_a_dot_is_a_fraction_and_without_a_count() -> None:
+    one, whole = cli._budget("1"), cli._budget("1.0")
+    assert (type(one), one) == (int, 1)
+    assert (type(whole), whole) == (float, 1.0)
+
+
+def test_every_setting_of_a_run_has_a_flag() -> None:
+    command = [sys.executable, "-m", "jointspar", "train", "--help"]
+    text = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    assert [name for name in TrainConfig.__dataclass_fields__ if flag(name) not in text] == []
+
+
+def test_bench_outside_a_checkout_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lib" / "python" / "jointspar" / "cli.py"))
+    assert "needs a checkout" in refused(capsys, "bench", "-k", "lars")
+
+
+def test_bench_in_a_checkout_hands_further_arguments_to_pytest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "python" / "jointspar"
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "bench_nothing.py").write_text("def test_small(): pass\ndef test_large(): assert False\n")
+    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    assert cli.main(["bench", "-q", "-k", "small"]) == 0
+    assert cli.main(["bench", "-q", "-k", "large"]) == 1
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("flags", [("--budget", "1.5"), ("--budget", "6")], ids=["before MPI starts", "after"])
+def test_under_mpirun_rank_0_speaks_for_all(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    pytest.importorskip("mpi4py")
+    launcher = find_launcher()
+    if launcher is None:
+        pytest.skip("no mpirun")
+    command = [launcher, "-n", "2", sys.executable, "-m", "jointspar", "train", "--out", str(tmp_path / "run"), *flags]
+    job = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    assert job.returncode == 2, job.stderr
+    assert job.stderr.count("jointspar train: --budget") == 1
+    assert "Traceback" not in job.stderr

@@ -1,0 +1,96 @@
+"""TrainConfig: every flag acts or is refused, and the derived schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jointspar.training import config as config_module
+from jointspar.training.config import SPARSE_FIELDS, TrainConfig, launcher_rank, local_ranks, threads_per_rank
+
+OUT = Path("unused")
+SAMPLES = {
+    "budget": 0.5, "strategy": "shared", "draw": "bernoulli", "distribution": "uniform", "bandit_lr": 0.1,
+    "p_min": 0.1, "lag": 1, "grouping": "tensor", "inactive": "decay",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPARSE_FIELDS)
+@pytest.mark.parametrize("method", ["sgd", "lars"])
+def test_dense_methods_refuse_the_flags_of_sampling(method: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} does not act with --method {method}"):
+        TrainConfig(out=OUT, method=method, **{name: SAMPLES[name]})
+
+
+@pytest.mark.parametrize("method", ["sgd", "jointspar"])
+def test_methods_without_lars_refuse_its_trust_coefficient(method: str) -> None:
+    with pytest.raises(ValueError, match="--trust-coefficient does not act"):
+        TrainConfig(out=OUT, method=method, trust_coefficient=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "imagenet"}, "--dataset 'imagenet' is unknown: choose from digits"),
+        ({"model": "vgg"}, "--model 'vgg' is unknown"),
+        ({"method": "adam"}, "--method 'adam' is unknown: choose from sgd"),
+        ({"budget": 1.5}, "--budget 1.5 is out of range"),
+        ({"budget": 0.0}, "--budget 0.0 is out of range"),
+        ({"budget": float("nan")}, "--budget nan is out of range"),
+        ({"budget": 0}, "--budget 0 is out of range: give at least 1 layer"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"batch_size": -1}, "--batch-size must be at least 1"),
+        ({"base_lr": 0.0}, "--base-lr must be positive"),
+        ({"lr": float("inf")}, "--lr must be positive"),
+        ({"lr": 0.1, "base_lr": 0.1}, "exclude each other"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"momentum": 0.0, "nesterov": True}, "--nesterov needs"),
+        ({"weight_decay": -1e-4}, "--weight-decay"),
+        ({"milestones": (20.0, 10.0)}, "--milestones"),
+        ({"warmup_epochs": -1.0}, "--warmup-epochs"),
+        ({"seed": -1}, "--seed"),
+        ({"bandit_lr": 0.1}, "--bandit-lr acts only with --distribution bandit"),
+    ],
+)
+def test_bad_value_is_named_with_its_flag(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        TrainConfig(out=OUT, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_schedule_of_90_epochs_is_the_papers_and_shorter_runs_keep_its_shape() -> None:
+    whole, short = TrainConfig(out=OUT, epochs=90), TrainConfig(out=OUT, epochs=9)
+    assert whole.warmup() == 5
+    assert whole.schedule_milestones() == pytest.approx((30, 50, 70))
+    assert short.warmup() == 1.5
+    assert short.schedule_milestones() == pytest.approx((3, 5, 7))
+
+
+def test_lr_is_the_rate_after_scaling() -> None:
+    assert TrainConfig(out=OUT, lr=0.8, batch_size=64).scaled_base_lr(world_size=8) * 8 * 64 / 256 == pytest.approx(0.8)
+    assert TrainConfig(out=OUT, base_lr=0.3).scaled_base_lr(world_size=8) == 0.3
+
+
+def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(config_module.LOCAL_SIZE_VARIABLES[0], "4")
+    assert threads_per_rank() == 2
+    monkeypatch.setenv(config_module.LOCAL_SIZE_VARIABLES[0], "100")
+    assert threads_per_rank() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_per_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("rank_variable", "size_variable"),
+    [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"), ("PMI_RANK", "MPI_LOCALNRANKS")],
+)
+def test_launchers_are_recognised(rank_variable: str, size_variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*config_module.RANK_VARIABLES, *config_module.LOCAL_SIZE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    assert (launcher_rank(), local_ranks()) == (0, 1)
+    monkeypatch.setenv(rank_variable, "3")
+    monkeypatch.setenv(size_variable, "4")
+    assert (launcher_rank(), local_ranks()) == (3, 4)

@@ -1,0 +1,103 @@
+"""Short real runs on digits: what is written, that it learns, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from jointspar.training.config import METHODS, TrainConfig
+from jointspar.training.loop import train
+from jointspar.training.records import read_metrics
+from jointspar.training.setup import SetupError
+
+SHORT: dict[str, Any] = {"batch_size": 128, "epochs": 2, "base_lr": 0.5, "log_every": 4, "threads": 1}
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    newest = max((folder / "checkpoint").glob("step-*"))
+    return load_file(newest / "shared.safetensors")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run long enough to learn, with the defaults of the command line except its length."""
+    folder = tmp_path_factory.mktemp("learned")
+    train(TrainConfig(out=folder, epochs=12, threads=1))
+    return folder
+
+
+def test_defaults_learn_the_digits(learned: Path) -> None:
+    summary = json.loads((learned / "summary.json").read_text())
+    assert summary["test_accuracy"] > 0.9
+    assert summary["train_loss"] < 0.3
+
+
+def test_summary_has_the_promised_fields(learned: Path) -> None:
+    summary = json.loads((learned / "summary.json").read_text())
+    assert {
+        "test_accuracy", "train_loss", "seconds", "steps", "world_size", "bytes_sent", "bytes_dense", "active_fraction",
+        "method", "seed",
+    } <= set(summary)  # fmt: skip
+    assert (summary["method"], summary["world_size"], summary["seed"]) == ("jointspar-lars", 1, 0)
+    assert summary["steps"] == 12 * (1437 // 64)
+    assert summary["active_fraction"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_metrics_have_a_line_per_epoch_and_logged_step(learned: Path) -> None:
+    lines = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == list(range(1, 13))
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(10, 12 * 22 + 1, 10))
+    assert {"train_loss", "test_accuracy", "lr", "seconds", "bytes_sent", "active_fraction"} <= set(epochs[0])
+    assert {"forward", "backward", "pack", "exchange", "update"} <= set(epochs[0]["phase_ms"])
+    assert all(len(line["probabilities"]) == 5 for line in lines)
+
+
+def test_curves_are_a_picture(learned: Path) -> None:
+    with Image.open(learned / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 500
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(tmp_path: Path, method: str) -> None:
+    summary = train(TrainConfig(out=tmp_path, method=method, max_steps=6, **SHORT))
+    assert summary.steps == 6
+    assert summary.active_fraction == pytest.approx(0.5 if METHODS[method].is_sparse else 1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "interrupted_at"),
+    [("norm", 11), ("bandit", 15)],
+    ids=["norm, after an epoch", "bandit, within an epoch"],
+)
+def test_resumed_run_gives_the_same_weights(tmp_path: Path, interrupted_at: int, distribution: str) -> None:
+    config = {**SHORT, "distribution": distribution}
+    whole = train(TrainConfig(out=tmp_path / "whole", **config))
+    train(TrainConfig(out=tmp_path / "parts", max_steps=interrupted_at, **config))
+    parts = train(TrainConfig(out=tmp_path / "parts", resume=True, **config))
+    expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == resumed.keys()
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+    assert (parts.steps, parts.test_accuracy) == (whole.steps, whole.test_accuracy)
+    assert parts.train_loss == pytest.approx(whole.train_loss)
+    assert parts.active_fraction == pytest.approx(whole.active_fraction)
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert [record["step"] for record in records[1]] == [record["step"] for record in records[0]]
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
+    with pytest.raises(SetupError, match=r"momentum was 0\.9 and is now 0\.5"):
+        train(TrainConfig(out=tmp_path, resume=True, momentum=0.5, **SHORT))
+
+
+def test_batch_norm_model_trains_and_resumes(tmp_path: Path) -> None:
+    config = {**SHORT, "model": "resnet20", "batch_size": 32}
+    train(TrainConfig(out=tmp_path, max_steps=1, **config))
+    assert train(TrainConfig(out=tmp_path, max_steps=2, resume=True, **config)).steps == 2

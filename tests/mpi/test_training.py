@@ -1,0 +1,405 @@
+"""The optimizers on several ranks: against one rank, against the formulas, and when ranks differ."""
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import jointspar as js
+from jointspar.errors import CheckpointError, DesyncError
+
+
+def make_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).to(
+        dtype
+    )
+
+
+def batch_of(step, rank, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(12, 6, generator=generator, dtype=torch.float64).to(dtype), torch.randint(
+        0, 3, (12,), generator=generator
+    )
+
+
+def backward(model, batch):
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def weights(model):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def gather(comm, values):
+    """Everybody's float64 values, [world_size, n]."""
+    words = np.ascontiguousarray(np.asarray(values, dtype=np.float64)).view(np.int64)
+    return comm.start_headers(words, what="test").wait().view(np.float64)
+
+
+def assert_same_on_all_ranks(comm, tensor):
+    rows = gather(comm, tensor.double().numpy())
+    assert (rows == rows[0]).all()
+
+
+def many_ranks_equal_one_rank_on_the_joined_batch():
+    comm = js.comm.world()
+    for kind, settings in ((js.JointSparLARS, dict(lr=0.5, trust_coefficient=0.02)), (js.JointSparSGD, dict(lr=0.1))):
+        for exchange in ("allreduce", "ring"):
+            model, twin = make_model(seed=comm.rank), make_model(seed=0)  # rank 0's weights go to all
+            sampling = js.Sampling(budget=1.0)
+            optimizer = kind(model.named_parameters(), sampling=sampling, exchange=exchange, **settings)
+            alone = kind(twin.named_parameters(), sampling=sampling, comm=js.comm.local(), **settings)
+            for step in range(200):
+                optimizer.zero_grad()
+                backward(model, batch_of(step, comm.rank))
+                optimizer.step()
+                joined = [
+                    torch.cat(parts) for parts in zip(*(batch_of(step, r) for r in range(comm.world_size)), strict=True)
+                ]
+                alone.zero_grad()
+                backward(twin, joined)
+                alone.step()
+            assert (weights(model) - weights(twin)).norm() <= 1e-5 * weights(twin).norm()
+            assert_same_on_all_ranks(comm, weights(model))
+
+
+def dense_grads(model, step, size):
+    """Every rank's dense gradients by name, computed here."""
+    grads = []
+    for rank in range(size):
+        twin = copy.deepcopy(model).requires_grad_(True)
+        twin.zero_grad()
+        backward(twin, batch_of(step, rank, torch.float64))
+        grads.append({name: parameter.grad for name, parameter in twin.named_parameters()})
+    return grads
+
+
+def check_layer(strategy, found, dense, name, active, probabilities):
+    """One tensor's mean_grad against the table of strategies; active and probabilities are [world_size]."""
+    size, count = len(active), active.sum()
+    assert (name in found) == (count > 0)
+    if count == 0:
+        return
+    expected = torch.zeros_like(found[name])
+    for rank, p in enumerate(probabilities):
+        weight = 1 / (count * min(1, size * p)) if strategy == "stratified" else 1 / (size * p)
+        expected += active[rank] * weight * dense[rank][name]
+    torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-14)
+
+
+def check_strategy(comm, strategy, draw):
+    model, size = make_model(torch.float64), comm.world_size
+    sampling = js.Sampling(budget=0.5, strategy=strategy, draw=draw, distribution="bandit", bandit_lr=0.3)
+    optimizer = js.JointSparSGD(model.named_parameters(), lr=0.05, sampling=sampling)
+    for step in range(12):
+        active = gather(comm, optimizer.active.double().numpy())
+        probabilities = gather(comm, optimizer.probabilities.numpy())
+        dense = dense_grads(model, step, size)
+        optimizer.zero_grad()
+        backward(model, batch_of(step, comm.rank, torch.float64))
+        optimizer.synchronize()
+        found = dict(optimizer.mean_grads)
+        layer_of = {layer.name: index for index, layer in enumerate(optimizer.layers)}
+        for name in dense[0]:
+            index = layer_of.get(name.rpartition(".")[0])
+            if index is None:  # the norm: always active
+                check_layer("shared", found, dense, name, np.ones(size), np.ones(size))
+            else:
+                check_layer(strategy, found, dense, name, active[:, index], probabilities[:, index])
+        optimizer.step()
+        assert_same_on_all_ranks(comm, weights(model))
+        if strategy != "independent":
+            assert_same_on_all_ranks(comm, optimizer.probabilities)
+        if strategy == "shared":
+            assert_same_on_all_ranks(comm, optimizer.active)
+
+
+def mean_grad_is_what_the_strategy_says():
+    comm = js.comm.world()
+    for strategy in ("independent", "stratified", "shared"):
+        for draw in ("systematic", "bernoulli"):
+            check_strategy(comm, strategy, draw)
+
+
+def a_nan_on_one_rank_is_skipped_on_all():
+    comm = js.comm.world()
+    for exchange, wire in (("allreduce", None), ("ring", None), ("ring", "bfloat16")):
+        model = make_model()
+        optimizer = js.JointSparLARS(
+            model.named_parameters(), exchange=exchange, wire_dtype=wire, sampling=js.Sampling()
+        )
+        for step in range(6):
+            before = weights(model).clone()
+            probabilities = optimizer.probabilities
+            optimizer.zero_grad()
+            backward(model, batch_of(step, comm.rank))
+            if step == 3 and comm.rank == comm.world_size - 1:
+                model[2].weight.grad[0] = float("nan")
+            optimizer.step()
+            assert torch.equal(before, weights(model)) == (step == 3)
+            assert torch.equal(probabilities, optimizer.probabilities) or step != 3
+            assert_same_on_all_ranks(comm, weights(model))
+        assert optimizer.stats.skipped_steps == 1
+
+
+def found_inf_on_one_rank_is_skipped_on_all_and_scales_may_differ():
+    comm = js.comm.world()
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling())
+    plain = js.JointSparLARS(twin.named_parameters(), sampling=js.Sampling())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + comm.rank))
+    for step in range(8):
+        optimizer.zero_grad()
+        scaler.scale(
+            nn.functional.cross_entropy(*(lambda b: (model(b[0]), b[1]))(batch_of(step, comm.rank, torch.float64)))
+        ).backward()
+        plain.zero_grad()
+        backward(twin, batch_of(step, comm.rank, torch.float64))
+        if step == 5:
+            for net, rank in ((model, 0), (twin, comm.world_size - 1)):
+                if comm.rank == rank:
+                    net[2].weight.grad[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        plain.step()
+        torch.testing.assert_close(weights(model), weights(twin), rtol=1e-12, atol=1e-14)
+        assert_same_on_all_ranks(comm, weights(model))
+    assert optimizer.stats.skipped_steps == plain.stats.skipped_steps == 1
+    assert scaler.get_scale() == 2.0 ** (3 + comm.rank - (comm.rank == 0))
+
+
+def a_short_wire_trains_to_the_same_weights_on_all_ranks():
+    comm = js.comm.world()
+    for wire in ("bfloat16", "float16"):
+        model = make_model()
+        optimizer = js.JointSparLARS(model.named_parameters(), wire_dtype=wire, trust_coefficient=0.05, lr=0.5)
+        losses = []
+        for step in range(100):
+            optimizer.zero_grad()
+            losses.append(backward(model, batch_of(step % 2, comm.rank)).item())
+            optimizer.step()
+        assert losses[-1] < 0.8 * losses[0]
+        assert_same_on_all_ranks(comm, weights(model))
+        assert 0 < optimizer.stats.total_sent_bytes < optimizer.stats.steps * (2 * weights(model).numel() + 2000)
+
+
+def buffers_are_averaged():
+    comm = js.comm.world()
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model[1].running_mean.fill_(float(comm.rank))
+    js.sync_buffers(model)
+    assert torch.equal(model[1].running_mean, torch.full((3,), (comm.world_size - 1) / 2))
+    optimizer = js.JointSparLARS(model.named_parameters())
+    model[1].running_var.fill_(2.0 * comm.rank)
+    js.sync_buffers(model)
+    assert torch.equal(model[1].running_var, torch.full((3,), comm.world_size - 1.0))
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+
+
+def checkpoints_resume_bit_for_bit():
+    comm = js.comm.world()
+    directory = Path(tempfile.gettempdir()) / f"jointspar-{np.uint64(hash_of_job())}"
+    for strategy in ("independent", "stratified"):
+        sampling = js.Sampling(strategy=strategy, distribution="bandit", bandit_lr=0.3)
+        model = make_model()
+        optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
+
+        def train(model, optimizer, first, last):
+            for step in range(first, last):
+                optimizer.zero_grad()
+                backward(model, batch_of(step, comm.rank))
+                optimizer.step()
+
+        train(model, optimizer, 0, 5)
+        folder = directory / strategy
+        js.checkpoint.save(folder, model=model, optimizer=optimizer, extra={"next": 5})
+        train(model, optimizer, 5, 10)
+        other = make_model(seed=5)
+        resumed = js.JointSparLARS(other.named_parameters(), sampling=sampling)
+        assert js.checkpoint.load(folder, model=other, optimizer=resumed) == {"next": 5}
+        train(other, resumed, 5, 10)
+        assert torch.equal(weights(model), weights(other))
+        assert torch.equal(optimizer.probabilities, resumed.probabilities)
+        alone = make_model()
+        single = js.JointSparLARS(alone.named_parameters(), sampling=sampling, comm=js.comm.local())
+        if strategy == "independent":
+            with pytest.warns(UserWarning, match="ranks"), pytest.raises(CheckpointError, match="was saved by"):
+                js.checkpoint.load(folder, model=alone, optimizer=single)
+        else:
+            js.checkpoint.load(folder, model=alone, optimizer=single)
+
+
+def hash_of_job():
+    """A number that all ranks of this job share and no other job has."""
+    comm = js.comm.world()
+    return int(gather(comm, [time.time()])[0, 0] * 1e3)
+
+
+def everything_that_must_hold():
+    many_ranks_equal_one_rank_on_the_joined_batch()
+    mean_grad_is_what_the_strategy_says()
+    a_nan_on_one_rank_is_skipped_on_all()
+    found_inf_on_one_rank_is_skipped_on_all_and_scales_may_differ()
+    a_short_wire_trains_to_the_same_weights_on_all_ranks()
+    buffers_are_averaged()
+    checkpoints_resume_bit_for_bit()
+
+
+def sums_are_right():
+    many_ranks_equal_one_rank_on_the_joined_batch()
+    mean_grad_is_what_the_strategy_says()
+
+
+def test_two_ranks_compute_what_the_formulas_say_and_stay_together(run_ranks, tmp_path):
+    run_ranks(2, everything_that_must_hold, timeout=200, env={"TMPDIR": str(tmp_path)})
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_sums_are_right(run_ranks, num_ranks):
+    run_ranks(num_ranks, sums_are_right, timeout=200)
+
+
+def _expect_desync(start):
+    """This rank sees the error, and within 5 seconds of the time when both were there."""
+    gather(js.comm.world(), [0.0])
+    began = time.time()
+    with pytest.raises(DesyncError) as caught:
+        start()
+    assert time.time() - began < 5
+    print("DESYNC", caught.value, flush=True)
+
+
+def seeds_differ():
+    rank = js.comm.world().rank
+    _expect_desync(lambda: js.JointSparLARS(make_model().named_parameters(), sampling=js.Sampling(seed=rank)))
+
+
+def budgets_differ():
+    rank = js.comm.world().rank
+    _expect_desync(lambda: js.JointSparLARS(make_model().named_parameters(), sampling=js.Sampling(budget=1 + rank)))
+
+
+def layouts_differ():
+    rank = js.comm.world().rank
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4 + rank))
+    _expect_desync(lambda: js.JointSparLARS(model.named_parameters()))
+
+
+def memory_orders_differ():
+    rank = js.comm.world().rank
+    model = nn.Conv2d(3, 4, 3)
+    model = model.to(memory_format=torch.channels_last) if rank else model
+    _expect_desync(lambda: js.JointSparLARS(model.named_parameters()))
+
+
+def optimizers_differ():
+    rank = js.comm.world().rank
+    kind = js.JointSparSGD if rank else js.JointSparLARS
+    _expect_desync(lambda: kind(make_model().named_parameters()))
+
+
+def learning_rates_differ():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), lr=0.1 * (1 + rank))
+    backward(model, batch_of(0, rank))
+    _expect_desync(optimizer.step)
+
+
+def one_freezes_a_layer():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1.0))
+    backward(model, batch_of(0, rank))
+    if rank == 1:
+        model[0].requires_grad_(False)
+    _expect_desync(optimizer.step)
+
+
+def probabilities_differ():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+
+    def two_steps():
+        for step in range(2):
+            if rank == 1:
+                optimizer._pipeline.distribution.norm_ema[0] += 1.0  # a memory error, say
+                optimizer._pipeline.distribution.norm_count[0] += 1
+            optimizer.zero_grad()
+            backward(model, batch_of(step, rank))
+            optimizer.step()
+
+    _expect_desync(two_steps)
+
+
+def one_saves_and_one_steps():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    backward(model, batch_of(0, rank))
+    save = lambda: js.checkpoint.save(tempfile.mkdtemp(), model=model, optimizer=optimizer)  # noqa: E731
+    _expect_desync(save if rank else optimizer.step)
+
+
+def loaders_have_ten_and_thirteen_batches():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+
+    def run():
+        for step in range(10 + 3 * rank):
+            optimizer.zero_grad()
+            backward(model, batch_of(step, rank))
+            optimizer.step()
+        optimizer.finish()
+
+    _expect_desync(run)
+
+
+DIFFERENCES = {
+    seeds_differ: "setting 'seed' differs",
+    budgets_differ: "setting 'budget' differs",
+    layouts_differ: "layer 1 '1' differs",
+    memory_orders_differ: "layer 0",
+    optimizers_differ: "setting 'optimizer' differs",
+    learning_rates_differ: "hyperparameters differ",
+    one_freezes_a_layer: "differ",
+    probabilities_differ: "probabilities differ",
+    one_saves_and_one_steps: "rank 0: step 0 exchange; rank 1: save at step 0",
+    loaders_have_ten_and_thirteen_batches: "finish",
+}
+
+
+def all_differences():
+    js.JointSparSGD(
+        make_model().named_parameters(), comm=js.comm.local()
+    )  # torch's first optimizer imports for seconds
+    for function in DIFFERENCES:
+        function()
+
+
+def an_uncaught_difference():
+    js.JointSparLARS(make_model().named_parameters(), sampling=js.Sampling(seed=js.comm.world().rank))
+
+
+def test_ranks_that_differ_get_desync_error_on_both(run_ranks):
+    job = run_ranks(2, all_differences)
+    lines = [line for line in job.output.splitlines() if line.startswith("DESYNC")]
+    for words in DIFFERENCES.values():
+        assert sum(words in line for line in lines) >= 2, job.output
+    assert len(lines) == 2 * len(DIFFERENCES)
+
+
+def test_an_uncaught_difference_ends_the_job(run_ranks):
+    job = run_ranks(2, an_uncaught_difference, expect_code=None)
+    assert job.output.count("DesyncError: rank") == 2, job.output

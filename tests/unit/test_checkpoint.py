@@ -1,0 +1,140 @@
+"""Checkpoints: exact resume, damage, other models."""
+
+import json
+import stat
+
+import pytest
+import torch
+from torch import nn
+
+import jointspar as js
+from jointspar.errors import CheckpointError
+
+
+def make(seed=0, width=4, **settings):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(width * 9, 3)
+    )
+    optimizer = js.JointSparLARS(
+        model.named_parameters(), lr=0.3, sampling=js.Sampling(budget=0.5, distribution="bandit", **settings)
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+    return model, optimizer, scheduler
+
+
+def train(model, optimizer, scheduler, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(6, 1, 5, 5)), torch.randint(0, 3, (6,))).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def everything(model, optimizer):
+    state = optimizer.state_dict()
+    tensors = [*model.state_dict().values(), *(entry["momentum_buffer"] for entry in state["state"].values())]
+    return [tensor.clone() for tensor in tensors], str(state["param_groups"]), str(state["jointspar"])
+
+
+def assert_equal(first, second):
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert first[1] == second[1] and first[2] == second[2]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_resume_is_bit_exact(tmp_path, lag):
+    model, optimizer, scheduler = make(lag=lag)
+    train(model, optimizer, scheduler, 5)
+    folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler, extra={"epoch": 2})
+    assert folder.name == "step-00000005"
+    train(model, optimizer, scheduler, 5)
+    other = make(seed=9, lag=lag)
+    extra = js.checkpoint.load(tmp_path, model=other[0], optimizer=other[1], scheduler=other[2])
+    assert extra == {"epoch": 2}
+    train(*other, 5)
+    assert_equal(everything(model, optimizer), everything(other[0], other[1]))
+    assert scheduler.state_dict() == other[2].state_dict()
+
+
+def test_the_last_two_stay_and_nobody_else_may_read_them(tmp_path):
+    model, optimizer, scheduler = make()
+    for _ in range(4):
+        train(model, optimizer, scheduler, 1)
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    for path in (tmp_path / "step-00000004").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shared.safetensors", "rank-0.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, damage):
+    model, optimizer, scheduler = make()
+    train(model, optimizer, scheduler, 2)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    good = everything(model, optimizer)
+    train(model, optimizer, scheduler, 1)
+    path = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer) / name
+    content = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 4
+        path.write_bytes({"flip": content, "truncate": content[: len(content) // 2], "empty": b""}[damage])
+    other = make(seed=3)
+    with pytest.warns(UserWarning, match="passing over"):
+        js.checkpoint.load(tmp_path, model=other[0], optimizer=other[1])
+    assert_equal(good, everything(other[0], other[1]))
+
+
+def test_every_single_bit_flip_is_refused(tmp_path):
+    model, optimizer, _ = make()
+    folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    generator = torch.Generator().manual_seed(0)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for position in torch.randint(0, len(content) * 8, (20,), generator=generator).tolist():
+            damaged = bytearray(content)
+            damaged[position // 8] ^= 1 << (position % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError), pytest.warns(UserWarning, match="passing over"):
+                js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+        path.write_bytes(content)
+    js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_nothing_there_and_other_models_are_refused_and_change_nothing(tmp_path):
+    model, optimizer, _ = make()
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        js.checkpoint.load(tmp_path / "absent", model=model, optimizer=optimizer)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    other, other_optimizer, _ = make(width=5)
+    before = everything(other, other_optimizer)
+    with pytest.raises(CheckpointError, match="another model"):
+        js.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer)
+    assert_equal(before, everything(other, other_optimizer))
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    model, optimizer, scheduler = make()
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    train(model, optimizer, scheduler, 1)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(js.checkpoint, "_manifest", fail)
+    with pytest.raises(OSError, match="disk full"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    monkeypatch.undo()
+    assert js.checkpoint.load(tmp_path, model=model, optimizer=optimizer) == {}
+    assert optimizer.state_dict()["jointspar"]["step"] == 0
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_the_manifest_is_plain_json_without_pickle(tmp_path):
+    model, optimizer, scheduler = make()
+    folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["world_size"] == 1 and set(manifest["files"]) == {"shared.safetensors", "rank-0.safetensors"}

@@ -1,0 +1,571 @@
+"""The optimizers in one process: against plain PyTorch loops, and what users of torch.optim expect."""
+
+import copy
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import jointspar as js
+from jointspar.errors import JointSparError
+
+ALL = js.Sampling(budget=1.0)
+
+
+def make_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(4 * 36, 16), nn.Tanh(), nn.Linear(16, 3),
+    )  # fmt: skip
+    return model.to(dtype)
+
+
+def batches(count, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(8, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+        yield x, torch.randint(0, 3, (8,), generator=generator)
+
+
+def backward(model, batch):
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def weights(model):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def train(model, optimizer, count, dtype=torch.float32, seed=1):
+    for batch in batches(count, dtype, seed):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+
+
+def plain_lars_step(parameters, momenta, *, lr, momentum, weight_decay, trust, eps, nesterov=False):
+    """LARS as the paper writes it, in unfused PyTorch."""
+    for parameter, velocity in zip(parameters, momenta, strict=True):
+        grad, decay, local = parameter.grad, weight_decay, 1.0
+        if parameter.ndim <= 1:
+            decay = 0.0
+        else:
+            weight_norm, grad_norm = parameter.norm(), grad.norm()
+            if weight_norm > 0 and grad_norm > 0:
+                local = trust * weight_norm / (grad_norm + weight_decay * weight_norm + eps)
+        update = local * (grad + decay * parameter)
+        velocity.mul_(momentum).add_(update)
+        parameter.sub_(lr * (update + momentum * velocity if nesterov else velocity))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_everything_active_is_lars_over_200_steps(dtype, tolerance, nesterov):
+    model, twin = make_model(dtype), make_model(dtype)
+    optimizer = js.JointSparLARS(
+        model.named_parameters(), lr=0.5, trust_coefficient=0.02, weight_decay=1e-3, nesterov=nesterov, sampling=ALL
+    )
+    momenta = [torch.zeros_like(parameter) for parameter in twin.parameters()]
+    for batch in batches(200, dtype):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+        twin.zero_grad()
+        backward(twin, batch)
+        with torch.no_grad():
+            plain_lars_step(
+                list(twin.parameters()), momenta, lr=0.5, momentum=0.9, weight_decay=1e-3, trust=0.02, eps=1e-8,
+                nesterov=nesterov,
+            )  # fmt: skip
+    assert (weights(model) - weights(twin)).norm() <= tolerance * weights(twin).norm()
+
+
+def test_everything_active_is_bit_equal_to_the_fused_operation():
+    model, twin = make_model(), make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), lr=0.5, trust_coefficient=0.02, sampling=ALL)
+    parameters = list(twin.parameters())
+    momenta = [torch.zeros_like(parameter) for parameter in parameters]
+    norms = None
+    for batch in batches(50):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+        twin.zero_grad()
+        backward(twin, batch)
+        norms = js.ops.lars_update(
+            parameters, momenta, [parameter.grad for parameter in parameters], lr=0.5, momentum=0.9,
+            weight_decay=[1e-4 if parameter.ndim > 1 else 0.0 for parameter in parameters], trust_coefficient=0.02,
+            eps=1e-8, param_norms=None if norms is None else norms.param_norms_after,
+        )  # fmt: skip
+        assert torch.equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_everything_active_is_torch_sgd(nesterov):
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    settings = dict(lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=nesterov)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL, **settings)
+    reference = torch.optim.SGD(twin.parameters(), **settings)
+    train(model, optimizer, 100, torch.float64)
+    train(twin, reference, 100, torch.float64)
+    assert (weights(model) - weights(twin)).norm() <= 1e-10 * weights(twin).norm()
+
+
+COMBINATIONS = list(
+    itertools.product(
+        ("independent", "stratified", "shared"), ("systematic", "bernoulli"), ("bandit", "norm", "uniform")
+    )
+)
+
+
+@pytest.mark.parametrize(("strategy", "draw", "distribution"), COMBINATIONS)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_every_combination_learns_and_keeps_the_sum_of_probabilities(strategy, draw, distribution, lag):
+    sampling = js.Sampling(budget=0.5, strategy=strategy, draw=draw, distribution=distribution, lag=lag)
+    model = make_model()
+    optimizer = js.JointSparSGD(model.named_parameters(), lr=0.05, weight_decay=0.0, sampling=sampling)
+    batch = next(batches(1))
+    first = backward(model, batch).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+        probabilities = optimizer.probabilities
+        assert abs(probabilities.sum().item() - 2.0) < 1e-9
+        assert probabilities.min() >= 0.1 - 1e-12 and probabilities.max() <= 1.0
+        if draw == "systematic":
+            assert optimizer.active.sum() == 2
+    optimizer.zero_grad()
+    assert backward(model, batch).item() < 0.5 * first
+
+
+def test_the_paper_s_literal_choices_train():
+    model = make_model()
+    optimizer = js.JointSparSGD(model.named_parameters(), lr=0.05, weight_decay=0.0, sampling=js.Sampling.paper(0.5))
+    assert len(optimizer.layers) == len(list(model.parameters()))
+    train(model, optimizer, 60)
+    assert abs(optimizer.probabilities.sum().item() - 5.0) < 1e-9
+    assert torch.isfinite(weights(model)).all()
+
+
+def test_only_active_layers_get_gradients_and_updates():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=2))
+    for batch in batches(20):
+        active = optimizer.active
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        momenta = [optimizer.state[parameter]["momentum_buffer"].clone() for parameter in model.parameters()]
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+        parameters = list(model.parameters())
+        for layer, is_active in zip(optimizer.layers, active.tolist(), strict=True):
+            for index in layer.parameters:
+                assert (parameters[index].grad is not None) == is_active
+                if not is_active:
+                    assert torch.equal(parameters[index], before[index])
+                    assert torch.equal(optimizer.state[parameters[index]]["momentum_buffer"], momenta[index])
+                elif parameters[index].ndim > 1:
+                    assert not torch.equal(parameters[index], before[index])
+        assert not torch.equal(parameters[2], before[2])  # batch norm is always active
+
+
+def test_inactive_decay_lets_momentum_and_weight_decay_act():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
+    optimizer = js.JointSparLARS(
+        model.named_parameters(),
+        lr=0.1,
+        momentum=0.5,
+        weight_decay=0.01,
+        inactive="decay",
+        sampling=js.Sampling(budget=1),
+    )
+    idle = int(np.flatnonzero(~optimizer.active.numpy())[0])
+    parameter = list(model.parameters())[idle]
+    optimizer.state[parameter]["momentum_buffer"].fill_(0.2)
+    expected = parameter.detach() - 0.1 * (0.5 * 0.2 + 0.01 * parameter.detach())
+    model(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_the_gradient_of_an_active_layer_is_the_dense_one_over_p():
+    model = make_model(torch.float64)
+    twin = copy.deepcopy(model)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=js.Sampling(budget=2, strategy="independent"))
+    batch = next(batches(1, torch.float64))
+    backward(twin, batch)
+    dense = dict(twin.named_parameters())
+    backward(model, batch)
+    optimizer.synchronize()
+    assert len(optimizer.mean_grads) == 2 * 2 + 2
+    for name, mean_grad in optimizer.mean_grads.items():
+        factor = 1.0 if name.startswith("1.") else 1.0 / optimizer.probabilities[0].item()
+        torch.testing.assert_close(mean_grad, dense[name].grad * factor, rtol=1e-12, atol=1e-15)
+
+
+def test_mean_grads_may_be_changed_before_the_step():
+    model, twin = make_model(), make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=ALL)
+    before = weights(model)
+    backward(model, next(batches(1)))
+    optimizer.synchronize()
+    with pytest.raises(JointSparError, match="twice"):
+        optimizer.synchronize()
+    for mean_grad in optimizer.mean_grads.values():
+        mean_grad.zero_()
+    optimizer.step()
+    with pytest.raises(JointSparError, match="mean_grads"):
+        _ = optimizer.mean_grads
+    # LARS with zero gradient: local is 1, so matrices shrink by lr * weight_decay and vectors stay
+    for parameter, original in zip(model.parameters(), twin.parameters(), strict=True):
+        factor = 1 - 0.1 * 1e-4 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter, original * factor)
+    assert before.shape == weights(model).shape
+
+
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+@pytest.mark.parametrize("distribution", ["norm", "bandit"])
+def test_state_dict_round_trip_continues_bit_for_bit(kind, distribution):
+    sampling = js.Sampling(budget=0.5, distribution=distribution, lag=1)
+    model = make_model()
+    optimizer = kind(model.named_parameters(), sampling=sampling)
+    train(model, optimizer, 7)
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(True)
+    other = kind(copied.named_parameters(), lr=7.0, sampling=sampling)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(other.active, optimizer.active)
+    train(model, optimizer, 7, seed=5)
+    train(copied, other, 7, seed=5)
+    assert torch.equal(weights(model), weights(copied))
+    assert torch.equal(optimizer.probabilities, other.probabilities)
+
+
+def test_a_state_of_another_optimizer_is_refused_and_changes_nothing():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="jointspar"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    small = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="parameters"):
+        optimizer.load_state_dict(js.JointSparLARS(small.named_parameters()).state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_lr_schedulers_and_parameter_groups_act():
+    model = make_model()
+    groups = [
+        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim > 1], "lr": 0.5},
+        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim <= 1], "lr": 0.0},
+    ]
+    optimizer = js.JointSparSGD(groups, sampling=ALL)
+    assert len(optimizer.layers) == 4
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    vectors = [parameter.detach().clone() for parameter in model.parameters() if parameter.ndim <= 1]
+    matrices = [parameter.detach().clone() for parameter in model.parameters() if parameter.ndim > 1]
+    train(model, optimizer, 1)
+    scheduler.step()
+    after_first = weights(model)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, [p for p in model.parameters() if p.ndim <= 1], strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(matrices, [p for p in model.parameters() if p.ndim > 1], strict=True)
+    )
+    train(model, optimizer, 1)
+    assert torch.equal(after_first, weights(model))
+
+
+def test_closures_are_evaluated_once_and_their_loss_is_returned():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    batch, calls = next(batches(1)), []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        return backward(model, batch)
+
+    loss = optimizer.step(closure)
+    assert calls == [True] and loss.item() > 0
+
+
+def test_gradient_accumulation_keeps_one_active_set():
+    model = make_model(torch.float64)
+    twin = copy.deepcopy(model)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=js.Sampling(budget=2))
+    active = optimizer.active
+    pair = list(batches(2, torch.float64))
+    for batch in pair:
+        backward(model, batch)
+        backward(twin, batch)
+        assert torch.equal(optimizer.active, active)
+    for ours, dense in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.grad is None or torch.equal(ours.grad, dense.grad)
+    optimizer.step()
+
+
+def test_grads_stay_as_backward_left_them():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    backward(model, next(batches(1)))
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    optimizer.step(max_norm=0.1)
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert (parameter.grad is None and grad is None) or torch.equal(parameter.grad, grad)
+
+
+def test_max_norm_clips_the_mean_gradient():
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    optimizer = js.JointSparSGD(model.named_parameters(), lr=0.1, momentum=0.0, weight_decay=0.0, sampling=ALL)
+    backward(model, next(batches(1, torch.float64)))
+    backward(twin, next(batches(1, torch.float64)))
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+    optimizer.step(max_norm=0.01)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.sub_(0.1 * parameter.grad)
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="max_norm"):
+        optimizer.step(max_norm=0.0)
+
+
+def test_clip_grad_norm_clips_the_local_gradient():
+    model = make_model(torch.float64)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL)
+    backward(model, next(batches(1, torch.float64)))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    optimizer.synchronize()
+    total = sum(grad.square().sum() for grad in optimizer.mean_grads.values()).sqrt()
+    assert total.item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_step_with_a_non_finite_gradient_is_skipped_whole(value):
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(distribution="bandit"))
+    train(model, optimizer, 3)
+    before, state = weights(model).clone(), copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    backward(model, next(batches(1)))
+    next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+    optimizer.step()
+    assert torch.equal(weights(model), before)
+    after = optimizer.state_dict()
+    for index, entry in state["state"].items():
+        assert torch.equal(entry["momentum_buffer"], after["state"][index]["momentum_buffer"])
+    assert torch.equal(optimizer.probabilities, state["jointspar"]["distribution"]["probabilities"])
+    assert after["jointspar"]["distribution"]["gradient_bound"] == state["jointspar"]["distribution"]["gradient_bound"]
+    assert after["jointspar"]["step"] == state["jointspar"]["step"] + 1
+    assert optimizer.stats.skipped_steps == 1
+
+
+def test_fifty_skipped_steps_in_a_row_are_an_error():
+    model = nn.Linear(2, 2)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL)
+    model.weight.grad, model.bias.grad = torch.full((2, 2), float("nan")), torch.zeros(2)
+    for _ in range(49):
+        optimizer.step()
+    with pytest.raises(JointSparError, match="50 steps in a row"):
+        optimizer.step()
+
+
+def test_grad_scaler_gives_the_unscaled_step_and_skips_overflow():
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    sampling = js.Sampling(budget=2)
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
+    plain = js.JointSparLARS(twin.named_parameters(), sampling=sampling)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step, batch in enumerate(batches(6, torch.float64)):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+        if step % 2:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    train(twin, plain, 6, torch.float64)
+    assert (weights(model) - weights(twin)).norm() <= 1e-12 * weights(twin).norm()
+    torch.testing.assert_close(optimizer.probabilities, plain.probabilities, rtol=1e-12, atol=0)
+    before = weights(model).clone()
+    optimizer.zero_grad()
+    scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+    next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weights(model), before) and optimizer.stats.skipped_steps == 1
+    assert scaler.get_scale() == 512.0
+
+
+def test_empty_active_sets_train_on():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    sampling = js.Sampling(budget=0.25, draw="bernoulli", distribution="uniform")
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    sizes = set()
+    for _ in range(40):
+        sizes.add(int(optimizer.active.sum()))
+        before = weights(model).clone()
+        empty = not optimizer.active.any()
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 3)).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, weights(model)) == empty
+    assert 0 in sizes
+
+
+def test_parameters_unused_in_a_forward_count_as_zero_and_warn_once():
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    optimizer = js.JointSparSGD(model.named_parameters(), weight_decay=0.0, sampling=ALL)
+    before = model["unused"].weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model["used"](torch.randn(3, 2)).sum().backward()
+            optimizer.step()
+    assert sum("got no gradient" in str(warning.message) for warning in caught) == 2  # weight and bias, once each
+    assert torch.equal(model["unused"].weight, before)
+
+
+def test_user_frozen_parameters_stay_frozen_and_release_gives_back():
+    model = make_model()
+    model[3].requires_grad_(False)
+    before = model[3].weight.detach().clone()
+    optimizer = js.JointSparLARS(model.named_parameters(), inactive="decay", sampling=js.Sampling(budget=0.5))
+    frozen = [layer.name for layer in optimizer.layers].index("3")
+    for batch in batches(10):
+        assert not optimizer.active[frozen] and optimizer.probabilities[frozen] == 0.0
+        assert abs(optimizer.probabilities.sum().item() - 1.5) < 1e-9
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+    assert torch.equal(model[3].weight, before)
+    optimizer.release()
+    assert [p.requires_grad for p in model.parameters()] == [True] * 4 + [False] * 2 + [True] * 4
+
+
+def test_freezing_and_thawing_in_mid_training_is_honoured():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=0.5))
+    train(model, optimizer, 5)
+    optimizer.set_trainable(model[6].parameters(), False)
+    frozen = model[6].weight.detach().clone()
+    train(model, optimizer, 10)
+    assert torch.equal(model[6].weight, frozen)
+    assert optimizer.probabilities[2] == 0.0 and abs(optimizer.probabilities.sum().item() - 1.5) < 1e-9
+    model[6].requires_grad_(True)
+    train(model, optimizer, 20)
+    assert not torch.equal(model[6].weight, frozen)
+    assert abs(optimizer.probabilities.sum().item() - 2.0) < 1e-9
+    with pytest.raises(ValueError, match="parameters"):
+        optimizer.set_trainable([torch.zeros(2)], True)
+
+
+def test_tied_weights_are_one_layer_and_train():
+    embedding, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Linear(4, 4), head)
+    optimizer = js.JointSparLARS(model.named_parameters(remove_duplicate=False), sampling=ALL)
+    assert len(optimizer.layers) == 2
+    before = head.weight.detach().clone()
+    model(torch.tensor([1, 2, 3])).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+def test_bfloat16_models_keep_float32_momentum():
+    model = make_model(torch.bfloat16)
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=0.5))
+    train(model, optimizer, 5, torch.bfloat16)
+    momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters()]
+    assert all(momentum.dtype == torch.float32 for momentum in momenta)
+    other = js.JointSparLARS(make_model(torch.bfloat16).named_parameters())
+    other.load_state_dict(optimizer.state_dict())
+    assert all(
+        torch.equal(other.state[p]["momentum_buffer"], m)
+        for p, m in zip(other.param_groups[0]["params"], momenta, strict=True)
+    )
+
+
+def test_channels_last_models_train_as_contiguous_ones():
+    model, twin = make_model(torch.float64), make_model(torch.float64).to(memory_format=torch.channels_last)
+    settings = dict(lr=0.5, trust_coefficient=0.02, sampling=js.Sampling(budget=2))
+    train(model, js.JointSparLARS(model.named_parameters(), **settings), 10, torch.float64)
+    train(twin, js.JointSparLARS(twin.named_parameters(), **settings), 10, torch.float64)
+    assert (weights(model) - weights(twin)).norm() <= 1e-10 * weights(model).norm()
+
+
+def test_norms_are_measured_again_when_somebody_else_writes_the_weights():
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    settings = dict(lr=0.5, trust_coefficient=0.02, sampling=ALL)
+    optimizer, other = (js.JointSparLARS(m.named_parameters(), **settings) for m in (model, twin))
+    train(model, optimizer, 1, torch.float64)
+    with torch.no_grad():
+        model[0].weight.mul_(3.0)
+    train(model, optimizer, 1, torch.float64)
+    train(twin, other, 1, torch.float64)
+    with torch.no_grad():
+        twin[0].weight.mul_(3.0)
+    other.load_state_dict(other.state_dict())  # forgets all carried norms
+    train(twin, other, 1, torch.float64)
+    assert (weights(model) - weights(twin)).norm() <= 1e-12 * weights(model).norm()
+
+
+def test_writing_parameters_bumps_their_version_as_torch_does():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=ALL)
+    loss = backward(model, next(batches(1)))
+    version = model[0].weight._version
+    optimizer.step()
+    assert model[0].weight._version > version and torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (dict(lr=-1.0), "lr"),
+        (dict(lr=float("nan")), "lr"),
+        (dict(momentum=-0.1), "momentum"),
+        (dict(weight_decay=-0.1), "weight_decay"),
+        (dict(nesterov=True, momentum=0.0), "nesterov"),
+        (dict(trust_coefficient=-1.0), "trust_coefficient"),
+        (dict(eps=float("inf")), "eps"),
+        (dict(inactive="drop"), "inactive"),
+        (dict(wire_dtype="int8"), "wire_dtype"),
+        (dict(exchange="mail"), "exchange"),
+        (dict(sampling=js.Sampling(budget=100)), "budget"),
+    ],
+)
+def test_settings_that_no_step_could_use_are_refused_by_name(settings, name):
+    with pytest.raises(ValueError, match=name):
+        js.JointSparLARS(make_model().named_parameters(), **settings)
+
+
+def test_skipped_weight_gradient_flops_are_counted():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=js.Sampling(budget=1))
+    assert optimizer.stats.weight_grad_flops_skipped is None
+    optimizer.count_flops(model, torch.randn(8, 1, 8, 8))
+    by_hand = [2 * 8 * 36 * 4 * 9, 2 * 8 * 4 * 36 * 5]
+    total = 0
+    for batch in batches(6):
+        idle = int(np.flatnonzero(~optimizer.active.numpy())[0])
+        total += by_hand[idle]
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+        assert optimizer.stats.weight_grad_flops_skipped == by_hand[idle]
+    assert optimizer.stats.total_weight_grad_flops_skipped == total
+
+
+def test_parameters_cannot_be_added_later():
+    optimizer = js.JointSparLARS(make_model().named_parameters())
+    with pytest.raises(JointSparError, match="new optimizer"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})

@@ -1,0 +1,118 @@
+"""The distribution of one rank: constraints, norms, bandit, frozen layers, state."""
+
+import numpy as np
+import pytest
+
+from jointspar.step.probabilities import LayerDistribution, observed_norms
+from jointspar.step.sampling import Sampling
+
+
+def make(num_layers=6, **settings):
+    return LayerDistribution(Sampling(**settings), num_layers, np.ones(num_layers, dtype=bool))
+
+
+def test_starts_uniform():
+    assert make(budget=0.5).probabilities.tolist() == [0.5] * 6
+    assert make(budget=1.0).probabilities.tolist() == [1.0] * 6
+
+
+def test_norm_distribution_is_proportional_to_the_norms():
+    distribution = make(num_layers=4, budget=1, distribution="norm", p_min=0.01)
+    distribution.update(np.array([1.0, 4.0, 9.0, 16.0]), np.ones(4, dtype=bool))
+    np.testing.assert_allclose(distribution.probabilities, np.array([1, 2, 3, 4]) / 10, rtol=1e-12)
+
+
+def test_norm_distribution_corrects_its_bias_and_puts_unseen_layers_at_the_mean():
+    distribution = make(num_layers=3, budget=1, distribution="norm", p_min=0.01)
+    seen = np.array([True, True, False])
+    distribution.update(np.array([4.0, 1.0, np.nan]), seen)
+    distribution.update(np.array([1.0, 1.0, np.nan]), seen)
+    first = (0.9 * 0.1 * 4.0 + 0.1 * 1.0) / (1 - 0.81)  # by hand
+    mean_squares = np.array([first, 1.0, (first + 1.0) / 2])
+    np.testing.assert_allclose(
+        distribution.probabilities, np.sqrt(mean_squares) / np.sqrt(mean_squares).sum(), rtol=1e-12
+    )
+
+
+def test_norm_distribution_minimises_the_sampling_noise():
+    squared_norms = np.array([1.0, 0.25, 9.0, 4.0, 16.0])
+    distribution = make(num_layers=5, budget=2, distribution="norm", p_min=0.01)
+    distribution.update(squared_norms, np.ones(5, dtype=bool))
+    best = (squared_norms / distribution.probabilities).sum()
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        other = distribution.probabilities + rng.normal(0, 0.02, 5)
+        other += (2.0 - other.sum()) / 5
+        if other.min() >= 0.01 and other.max() <= 1.0:
+            assert (squared_norms / other).sum() >= best - 1e-9
+
+
+def test_uniform_never_moves():
+    distribution = make(distribution="uniform")
+    distribution.update(np.arange(6.0), np.ones(6, dtype=bool))
+    assert distribution.probabilities.tolist() == [0.5] * 6
+
+
+def test_bandit_raises_layers_of_large_norm():
+    distribution = make(distribution="bandit", bandit_lr=0.5)
+    for _ in range(20):
+        distribution.update(np.array([9.0, 1.0, 1.0, 1.0, 1.0, 1.0]), np.ones(6, dtype=bool))
+    assert distribution.probabilities[0] > distribution.probabilities[1:].max()
+    assert distribution.probabilities.sum() == pytest.approx(3.0, abs=1e-9)
+    assert distribution.gradient_bound == pytest.approx(3.0)
+
+
+def test_all_zero_norms_change_nothing():
+    for name in ("norm", "bandit"):
+        distribution = make(distribution=name)
+        distribution.update(np.zeros(6), np.ones(6, dtype=bool))
+        assert distribution.probabilities.tolist() == [0.5] * 6
+
+
+def test_with_lag_the_draw_uses_the_probabilities_before_the_last_update():
+    distribution = make(distribution="norm", lag=1)
+    before = distribution.probabilities.copy()
+    distribution.update(np.arange(1.0, 7.0), np.ones(6, dtype=bool))
+    assert distribution.draw_from(before).tolist() == before.tolist()
+    assert make(lag=0).draw_from(before).tolist() == before.tolist()
+
+
+def test_frozen_layers_have_probability_zero_and_return_at_the_mean():
+    distribution = make(budget=0.5)
+    distribution.set_eligible(np.array([True, True, False, True, True, False]))
+    assert distribution.probabilities.tolist() == [0.5, 0.5, 0.0, 0.5, 0.5, 0.0]
+    distribution.set_eligible(np.ones(6, dtype=bool))
+    np.testing.assert_allclose(distribution.probabilities, 0.5)
+    distribution.set_eligible(np.zeros(6, dtype=bool))
+    distribution.update(np.ones(6), np.ones(6, dtype=bool))
+    assert distribution.probabilities.tolist() == [0.0] * 6
+
+
+def test_state_round_trip_and_other_sizes_refused():
+    distribution = make(distribution="bandit")
+    distribution.update(np.arange(1.0, 7.0), np.ones(6, dtype=bool))
+    distribution.draw_from(distribution.probabilities)
+    other = make(distribution="bandit")
+    other.load_state_dict(distribution.state_dict())
+    for twin in (distribution, other):
+        twin.update(np.arange(6.0, 0.0, -1.0), np.ones(6, dtype=bool))
+    assert np.array_equal(distribution.probabilities, other.probabilities)
+    with pytest.raises(ValueError, match="layers"):
+        make(num_layers=5).check_state(distribution.state_dict())
+
+
+def test_what_each_strategy_learns_from_by_hand():
+    arguments = dict(
+        active=np.array([True, False, True]),
+        counts=np.array([2, 1, 0]),
+        local=np.array([1.0, 0.0, 3.0]),
+        gathered=np.array([[1.0, 0.0, 0.0], [5.0, 4.0, 0.0]]),
+        mean_grad=np.array([8.0, 12.0, 16.0]),
+        drawn_probabilities=np.array([0.5, 0.25, 1.0]),
+    )
+    norms, observed = observed_norms("independent", **arguments)
+    assert norms.tolist() == [1.0, 0.0, 3.0] and observed.tolist() == [True, False, True]
+    norms, observed = observed_norms("stratified", **arguments)
+    assert norms.tolist() == [3.0, 4.0, 0.0] and observed.tolist() == [True, True, False]
+    norms, observed = observed_norms("shared", **arguments)
+    assert norms[[0, 2]].tolist() == [2.0, 16.0] and observed.tolist() == [True, False, True]
