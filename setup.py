@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ class CMakeBuild(build_ext):
             f"-DJOINTSPAR_VERSION={self.distribution.get_version()}",
             f"-DJOINTSPAR_CUDA_EXT={os.environ.get('JOINTSPAR_CUDA_EXT', 'auto')}",
         ]  # fmt: skip
+        if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ:
+            configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build_dir), "--target", "_core", "--parallel", jobs], check=True)
 

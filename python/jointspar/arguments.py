@@ -35,6 +35,13 @@ def flags(name: str, value: Any, length: int) -> np.ndarray:
     return _one_dimension(name, array, np.bool_, length)
 
 
+def flag(name: str, value: Any) -> bool:
+    """A truth value; numbers and strings are refused."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return bool(value)
+
+
 def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarray:
     """float64 [length] from one number or one a tensor; finite and at least `low`."""
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):

@@ -22,6 +22,7 @@ from jointspar.arguments import (
     check_range,
     copy_to,
     element_count,
+    flag,
     flags,
     increment_versions,
     like,
@@ -69,6 +70,8 @@ class LarsNorms(NamedTuple):
 
 STRATEGIES = ("independent", "stratified", "shared")
 DRAWS = ("bernoulli", "systematic")
+SMALLEST_PROBABILITY = 1e-100  # its cube, a divisor in Algorithm 1, is a normal number
+LARGEST_LOG_WEIGHT = 1e300  # differences stay finite
 
 
 def sample_layers(
@@ -119,7 +122,7 @@ def project_probabilities(log_weights: Array, *, budget: float, p_min: float, ou
     q_d = clip(c * w_d, p_min, 1) with the c for which the sum is `budget` (KKT conditions).
 
     Args:
-        log_weights: float64 [num_layers], finite; log w_d, any spread.
+        log_weights: float64 [num_layers], log w_d; at most 1e300 in size, any spread.
         budget: expected number of active layers, num_layers * p_min <= budget <= num_layers.
         p_min: in (0, 1].
         out: float64 [num_layers], written and returned.
@@ -128,7 +131,7 @@ def project_probabilities(log_weights: Array, *, budget: float, p_min: float, ou
     Source: Liu & Mozafari 2022, Algorithm 1, projection.
     """
     log_w = vector("log_weights", log_weights)
-    check_range("log_weights", log_w, -np.inf, np.inf)
+    check_range("log_weights", log_w, -LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
     budget, p_min = _feasible(budget, p_min, log_w.size)
     projected = backend().project_probabilities(log_w, budget=budget, p_min=p_min)
     return copy_to("out", out, projected) if out is not None else like(log_weights, projected)
@@ -152,7 +155,7 @@ def update_probabilities(
     L^2 <- max(0.99 L^2, max over active d of ||g_d||^2) first; with L = 0 or nothing active, probabilities stay.
 
     Args:
-        probabilities: float64 [num_layers], in (0, 1].
+        probabilities: float64 [num_layers], in [1e-100, 1].
         squared_norms: float64 [num_layers], ||g_d||^2 of unscaled gradients; read where active.
         active: bool [num_layers].
         gradient_bound: L, not squared; 0 at the start.
@@ -165,11 +168,11 @@ def update_probabilities(
     Source: Liu & Mozafari 2022, Algorithm 1.
     """
     p = vector("probabilities", probabilities)
-    check_range("probabilities", p, np.nextafter(0.0, 1.0), 1.0)
+    check_range("probabilities", p, SMALLEST_PROBABILITY, 1.0)
     drawn = p
     if drawn_probabilities is not None:
         drawn = vector("drawn_probabilities", drawn_probabilities, p.size)
-        check_range("drawn_probabilities", drawn, np.nextafter(0.0, 1.0), 1.0)
+        check_range("drawn_probabilities", drawn, SMALLEST_PROBABILITY, 1.0)
     n2 = vector("squared_norms", squared_norms, p.size)
     is_active = flags("active", active, p.size)
     check_range("squared_norms", n2[is_active], 0.0, np.inf)
@@ -183,7 +186,7 @@ def update_probabilities(
         budget=budget,
         p_min=p_min,
         bandit_lr=_number("bandit_lr", bandit_lr, 0.0),
-        shift=bool(shift),
+        shift=flag("shift", shift),
     )
     return (copy_to("out", out, updated) if out is not None else like(probabilities, updated)), bound
 
@@ -199,7 +202,7 @@ def pack_gradients(
     """Scale, cast and concatenate gradients, measuring their squared norms in the same pass.
 
     packed slice k = cast(grads[k] * scales[k]); the product is formed in float32 (float64 for float64 gradients)
-    and rounded once.
+    and rounded to the wire (float64 reaches 16-bit types through float32, as in torch).
 
     Args:
         grads: num_tensors arrays of float32, float64, bfloat16 or float16. None packs zeros and needs `layout`.
@@ -234,7 +237,7 @@ def unpack_gradients(packed: Array, outs: Sequence[Array], *, add: bool = False)
     """
     outs = sequence("outs", outs)
     check_packed_kind("packed", packed, None)
-    backend().unpack_gradients(packed, outs, bool(add))
+    backend().unpack_gradients(packed, outs, flag("add", add))
     increment_versions(outs)
 
 
@@ -311,7 +314,7 @@ def lars_update(
         _update_grads(params, momenta, grads, layout),
         hyper=hyper,
         adapt=is_adapted,
-        nesterov=bool(nesterov),
+        nesterov=flag("nesterov", nesterov),
         param_norms=_known_norms("param_norms", param_norms, num_tensors),
         grad_norms=_known_norms("grad_norms", grad_norms, num_tensors),
     )
@@ -341,7 +344,7 @@ def sgd_update(
     for column, (name, value) in enumerate((("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))):
         hyper[:, column] = per_tensor(name, value, len(params))
     norms = backend().sgd_update(
-        params, momenta, _update_grads(params, momenta, grads, layout), hyper=hyper, nesterov=bool(nesterov)
+        params, momenta, _update_grads(params, momenta, grads, layout), hyper=hyper, nesterov=flag("nesterov", nesterov)
     )
     increment_versions(params)
     return like(params[0] if params else None, norms)

@@ -33,6 +33,13 @@ def test_continued_metrics_keep_only_what_the_checkpoint_knows(tmp_path: Path) -
     assert read_metrics(path)[-1]["train_loss"] is None
 
 
+def test_continued_metrics_forget_where_the_run_had_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "step", "step": 4}\n{"kind": "stop", "step": 5}\n')
+    MetricsFile(path, keep_up_to_step=5).close()
+    assert [record["kind"] for record in read_metrics(path)] == ["step"]
+
+
 def test_new_metrics_replace_old_ones(tmp_path: Path) -> None:
     write_steps(tmp_path / "metrics.jsonl", range(1, 8))
     MetricsFile(tmp_path / "metrics.jsonl", keep_up_to_step=0).close()

@@ -26,7 +26,7 @@ for program in sys.argv[1:]:
 _CHECKS = ("test_mpi.py:use_transport", "test_exchange.py:sum_everything", "test_header.py:agree_and_differ")
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONUNBUFFERED": "1",
+    "PYTHONUNBUFFERED": "",  # else one print is several writes, and lines of ranks mix
     # Open MPI refuses root and more ranks than cores unless told; MPICH rejects the matching options, so variables.
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

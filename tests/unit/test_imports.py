@@ -15,7 +15,7 @@ PACKAGE = ROOT / "python" / "jointspar"
 # From the bottom up: a module imports only what stands before it, or its own package.
 ORDER = (
     "errors", "jointspar_ext", "arguments", "backends", "ops", "telemetry", "schedule", "comm", "step", "replicas",
-    "optimizers", "checkpoint", "training", "cli", "__main__",
+    "pipeline", "optimizers", "checkpoint", "training", "cli", "__main__",
 )  # fmt: skip
 
 MPI_FILE = "jointspar.comm.mpi"

@@ -77,7 +77,8 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """Read a dataset into memory: digits, mnist, fashion-mnist or cifar10.
 
     data_dir: the folder that holds the files. None: $JOINTSPAR_DATA/<name> (without the variable ./data/<name>), else
-    the system package's folder. Raises DatasetError (a ValueError), one line that says which file, what is wrong, what to do.
+    the system package's folder.
+    Raises DatasetError (a ValueError): one line that says which file, what is wrong, what to do.
     """
     if name not in _SOURCES:
         raise ValueError(f"dataset {name!r} is unknown: choose from {', '.join(_SOURCES)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from jointspar.training.records import (
     SUMMARY_FILE,
     Display,
     MetricsFile,
+    Progress,
     Summary,
     epoch_line,
     read_metrics,
@@ -39,23 +39,6 @@ from jointspar.training.records import (
 from jointspar.training.setup import SetupError, agree_on_start, check_warmup, make_optimizer, prepare_folder
 
 _EVALUATION_BATCH = 500
-
-
-@dataclass
-class Progress:
-    """How far a run has come; equal on all ranks whenever it is saved. Sums are over steps, loss over this epoch."""
-
-    epoch: int = 0  # epochs completed
-    batch: int = 0  # batches of the next epoch that are already done
-    step: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    bytes_sent: float = 0.0
-    bytes_dense: float = 0.0
-    active_sum: float = 0.0
-    skipped_steps: int = 0
-    train_loss: float = float("nan")
-    test_accuracy: float = float("nan")
 
 
 def train(config: TrainConfig) -> Summary:
@@ -179,10 +162,8 @@ class Run:
         is_whole = progress.batch == len(self.batches)
         if is_whole:
             progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        if self.metrics is not None and is_whole:
-            record = {"kind": "epoch", "train_loss": progress.train_loss, "test_accuracy": progress.test_accuracy}
-            record |= self._state() | {"active_fraction": progress.active_sum / progress.step}
-            record["phase_ms"] = {name: ms / self.phase_steps for name, ms in self.phase_ms.items()}
+        if self.metrics is not None:
+            record = self._epoch_record("epoch" if is_whole else "stop")
             self.metrics.write(record)
             self.display.line(epoch_line(record, self.config.epochs))
         js.checkpoint.save(
@@ -193,11 +174,24 @@ class Run:
             extra={"config": self.identity, "progress": vars(progress).copy()},
         )
 
+    def _epoch_record(self, kind: str) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "kind": kind,
+            "train_loss": progress.train_loss,
+            "test_accuracy": progress.test_accuracy,
+            **self._state(),
+            "active_fraction": progress.active_sum / progress.step,
+            "phase_ms": {name: ms / self.phase_steps for name, ms in self.phase_ms.items()},
+        }
+
     def _state(self) -> dict[str, Any]:
         """What every metrics line holds: rank 0's view after the step just taken."""
         progress = self.progress
         return {
-            "epoch": progress.epoch,
+            "epoch": progress.epoch + round(progress.batch / len(self.batches), 4)
+            if progress.batch
+            else progress.epoch,
             "step": progress.step,
             "lr": self.lr,
             "seconds": progress.seconds,

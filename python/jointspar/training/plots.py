@@ -29,24 +29,23 @@ def plot_run(path: Path, records: Sequence[Record], layer_names: Sequence[str], 
     records: the lines of metrics.jsonl. Overwrites `path` (PNG).
     """
     steps = _of_kind(records, "step")
-    epochs = _of_kind(records, "epoch")
+    epochs = _of_kind(records, "epoch", "stop")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13, 8.2), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.15))
         figure.suptitle(_title(summary), x=0.01, ha="left", fontsize=13, fontweight="bold")
-        steps_per_epoch = _steps_per_epoch(records, summary)
-        _draw_loss(figure.add_subplot(grid[0, 0]), steps, epochs, steps_per_epoch)
+        _draw_loss(figure.add_subplot(grid[0, 0]), steps, epochs)
         _draw_accuracy(figure.add_subplot(grid[0, 1]), {"": epochs})
-        _draw_rate(figure.add_subplot(grid[0, 2]), records, steps_per_epoch)
+        _draw_rate(figure.add_subplot(grid[0, 2]), records)
         _draw_phases(figure.add_subplot(grid[1, 0]), epochs)
-        _draw_probabilities(figure, figure.add_subplot(grid[1, 1:]), records, layer_names, steps_per_epoch)
+        _draw_probabilities(figure, figure.add_subplot(grid[1, 1:]), records, layer_names)
         figure.savefig(path, dpi=120)
 
 
 def plot_comparison(path: Path, runs: Mapping[str, Sequence[Record]], title: str) -> None:
     """Draw loss and accuracy of several runs over epochs, and accuracy over bytes sent. Overwrites `path` (PNG)."""
-    epochs = {label: _of_kind(records, "epoch") for label, records in runs.items()}
+    epochs = {label: _of_kind(records, "epoch", "stop") for label, records in runs.items()}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
@@ -84,16 +83,14 @@ def _title(summary: Summary) -> str:
     ranks = f"{summary.world_size} rank" + ("s" if summary.world_size > 1 else "")
     sent = f", {readable_bytes(summary.bytes_sent)} sent per rank" if summary.world_size > 1 else ""
     return (
-        f"{summary.method}{budget} · {summary.model} on {summary.dataset} · {ranks} · "
+        f"{summary.method}{budget} · {summary.model} on {summary.dataset} · {ranks}\n"
         f"{100 * summary.test_accuracy:.2f} % after {summary.steps} steps, {summary.seconds:.1f} s{sent}"
     )
 
 
-def _draw_loss(axes: Axes, steps: Sequence[Record], epochs: Sequence[Record], steps_per_epoch: float) -> None:
+def _draw_loss(axes: Axes, steps: Sequence[Record], epochs: Sequence[Record]) -> None:
     if steps:
-        axes.plot(
-            _column(steps, "step") / steps_per_epoch, _column(steps, "train_loss"), color=_FAINT, lw=1, label="step"
-        )
+        axes.plot(_column(steps, "epoch"), _column(steps, "train_loss"), color=_FAINT, lw=1, label="step")
     axes.plot(
         _column(epochs, "epoch"), _column(epochs, "train_loss"), color=_INK, label="epoch mean", **_markers(epochs)
     )
@@ -110,8 +107,8 @@ def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
     _epochs_below(axes)
 
 
-def _draw_rate(axes: Axes, records: Sequence[Record], steps_per_epoch: float) -> None:
-    axes.plot(_column(records, "step") / steps_per_epoch, _column(records, "lr"), color=_INK)
+def _draw_rate(axes: Axes, records: Sequence[Record]) -> None:
+    axes.plot(_column(records, "epoch"), _column(records, "lr"), color=_INK)
     axes.set(title="Learning rate", yscale="log")
     _epochs_below(axes)
 
@@ -131,21 +128,19 @@ def _draw_phases(axes: Axes, epochs: Sequence[Record]) -> None:
     axes.set(title="Time of a step by phase", xlabel="ms, rank 0")
 
 
-def _draw_probabilities(
-    figure: Figure, axes: Axes, records: Sequence[Record], layer_names: Sequence[str], steps_per_epoch: float
-) -> None:
+def _draw_probabilities(figure: Figure, axes: Axes, records: Sequence[Record], layer_names: Sequence[str]) -> None:
     """A heat map: one row a layer, input at the top; time to the right."""
     axes.set_title("Probability of each layer, as drawn on rank 0")
     axes.grid(visible=False)
-    _epochs_below(axes)
     if not records:
         return
-    ends = _column(records, "step") / steps_per_epoch
+    ends = _column(records, "epoch")
     values = np.array([record["probabilities"] for record in records]).T
     keep = np.diff(ends, prepend=0.0) > 0  # an epoch's line repeats the step line of its last step
     edges = np.concatenate([[0.0], ends[keep]])
     rows = np.arange(len(layer_names) + 1)
     mesh = axes.pcolormesh(edges, rows, values[:, keep], vmin=0, vmax=1, cmap="viridis", rasterized=True)
+    _epochs_below(axes)
     every = max(1, len(layer_names) // 24)
     axes.set_yticks(rows[:-1:every] + 0.5, list(layer_names)[::every], fontsize=8)
     axes.invert_yaxis()
@@ -153,12 +148,13 @@ def _draw_probabilities(
 
 
 def _epochs_below(axes: Axes) -> None:
+    """Call it after drawing: the right end is fixed by what is there."""
     axes.set(xlabel="epoch", xlim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind]
+def _of_kind(records: Sequence[Record], *kinds: str) -> list[Record]:
+    return [record for record in records if record["kind"] in kinds]
 
 
 def _column(records: Sequence[Record], name: str) -> np.ndarray:
@@ -169,8 +165,3 @@ def _column(records: Sequence[Record], name: str) -> np.ndarray:
 def _markers(epochs: Sequence[Record]) -> dict[str, Any]:
     """Points are shown while there are few of them: a line through one point would be invisible."""
     return {"marker": "o", "markersize": 3.5} if len(epochs) <= 40 else {}
-
-
-def _steps_per_epoch(records: Sequence[Record], summary: Summary) -> float:
-    epochs = _of_kind(records, "epoch")
-    return epochs[-1]["step"] / epochs[-1]["epoch"] if epochs else float(max(1, summary.steps))

@@ -43,12 +43,34 @@ class Summary:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Progress:
+    """How far a run has come; equal on all ranks whenever it is saved. Sums are over steps, loss over this epoch."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the next epoch that are already done
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    bytes_sent: float = 0.0
+    bytes_dense: float = 0.0
+    active_sum: float = 0.0
+    skipped_steps: int = 0
+    train_loss: float = float("nan")
+    test_accuracy: float = float("nan")
+
+
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, `kind` is "step" or "epoch". Only rank 0 has one."""
+    """metrics.jsonl, which only rank 0 writes: one JSON object a line.
+
+    kind: "step" (its own loss), "epoch" (means, accuracy), or "stop" (the same where --max-steps ends within an epoch).
+    epoch: epochs done, with a fraction in mid-epoch.
+    """
 
     def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
         """Keep what an interrupted run wrote up to the step that it continues from (0: nothing)."""
-        kept = [record for record in read_metrics(path) if record["step"] <= keep_up_to_step] if keep_up_to_step else []
+        known = read_metrics(path) if keep_up_to_step else []
+        kept = [record for record in known if record["step"] <= keep_up_to_step and record["kind"] != "stop"]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -130,7 +152,7 @@ def readable_bytes(count: float) -> str:
 def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
     """One epoch in words, for people."""
     return (
-        f"epoch {record['epoch']:>3}/{num_epochs}  loss {record['train_loss']:.4f}  "
+        f"epoch {record['epoch']:>3.4g}/{num_epochs}  loss {record['train_loss']:.4f}  "
         f"test accuracy {100 * record['test_accuracy']:6.2f} %  lr {record['lr']:.4g}  "
         f"active {record['active_fraction']:.2f}  sent {readable_bytes(record['bytes_sent'])}  "
         f"{record['seconds']:.1f} s"
