@@ -1,4 +1,4 @@
-"""Times variants of one operation in alternation: shared machines drift, so only ratios within one run mean something."""
+"""Times variants of one operation in alternation: machines drift, so only ratios within one run mean something."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from alternate import alternate, print_ratios
-from shapes import Shape, resnet50_shapes
 
+from alternate import alternate, print_ratios
 from jointspar.backends import native
+from shapes import Shape, resnet50_shapes
 
 # lr is tiny, so that thousands of timed steps do not change the data that is timed.
 LR, MOMENTUM, WEIGHT_DECAY, TRUST_COEFFICIENT, EPS = 1e-9, 0.9, 1e-4, 1e-3, 1e-8

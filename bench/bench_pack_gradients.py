@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from alternate import alternate, print_ratios
-from shapes import resnet50_shapes
 
+from alternate import alternate, print_ratios
 from jointspar.backends import native
+from shapes import resnet50_shapes
 
 SCALE = 2.0  # 1 / p of a layer that is drawn half of the time
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -25,9 +25,7 @@ def sample_layers(
     strategy: str,
     draw: str,
 ) -> NDArray[np.bool_]: ...
-def project_probabilities(
-    log_weights: NDArray[np.float64], *, budget: float, p_min: float
-) -> NDArray[np.float64]: ...
+def project_probabilities(log_weights: NDArray[np.float64], *, budget: float, p_min: float) -> NDArray[np.float64]: ...
 def update_probabilities(
     probabilities: NDArray[np.float64],
     squared_norms: NDArray[np.float64],

@@ -1,3 +1,5 @@
+#include "jointspar/update_probabilities.h"
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -6,7 +8,6 @@
 
 #include "common/bandit_math.h"
 #include "jointspar/project_probabilities.h"
-#include "jointspar/update_probabilities.h"
 
 namespace jointspar {
 namespace {

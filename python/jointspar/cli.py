@@ -1,4 +1,4 @@
-"""The command line: jointspar train | doctor | bench. torch is imported only by the command that needs it."""
+"""The command line: jointspar train | doctor | bench."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
         Raises: DesyncError where ranks disagree, CollectiveTimeout where one does not come.
         """
-        if max_norm is not None and not max_norm > 0.0:
-            raise ValueError(f"max_norm: {max_norm} is not above 0")
+        if max_norm is not None and self._exchanged is not None:
+            raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,19 +144,20 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         exchanged, self._exchanged, self._mean_grads_shown = self._exchanged, None, False
         assert exchanged is not None
         lagged = self._pipeline.distribution.probabilities.copy()
-        self._pipeline.apply(exchanged, self._update, self._hyper, max_norm)
+        self._pipeline.apply(exchanged, self._update, self._hyper)
         self._pipeline.finish_step(exchanged, lagged)
         return loss
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def synchronize(self, *, max_norm: float | None = None) -> None:
         """Exchange the gradients now, so that `mean_grads` can be looked at or changed before `step()`.
 
-        Collective. With a GradScaler call its `unscale_` first.
+        Collective. max_norm: as in `step`. With a GradScaler call its `unscale_` first. What is changed must be
+        changed alike on all ranks.
         """
         if self._exchanged is not None:
             raise JointSparError("synchronize() was called twice without a step() between")
-        self._exchange_gradients(None)
+        self._exchange_gradients(max_norm)
 
     def count_flops(self, model: torch.nn.Module, *inputs: Any) -> None:
         """Run one forward to learn what each layer's weight gradient costs; `stats` then counts what was skipped."""
@@ -187,6 +188,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._pipeline.agreement.finish()
 
     def _exchange_gradients(self, max_norm: float | None) -> None:
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"max_norm: {max_norm} is not above 0")
         self._exchanged = self._pipeline.exchange_gradients(
             self._hyper,
             grad_scale=_as_float(getattr(self, "grad_scale", None), 1.0),
@@ -235,7 +238,8 @@ class JointSparLARS(_JointSparOptimizer):
 
     The expected exchanged gradient `mean_grad` is the dense mean gradient. LARS normalises by its norm, so the
     expected *step* is not the dense LARS step (with strategy="shared" the 1/p scale cancels altogether: the effective
-    rate of a layer is p * lr). With budget=1.0, one rank and wire_dtype=None it is LARS, bit for bit.
+    rate of a layer is p * lr). With budget=1.0, one rank and wire_dtype=None it is LARS, bit for bit. Clip with
+    `step(max_norm=...)`: `clip_grad_norm_` before the step clips this rank's gradient only.
 
     Collective: every rank builds it with the same arguments; rank 0's weights go to all ranks. Toggles
     requires_grad of the parameters until `release()`. Kernels write parameters in place.

@@ -30,7 +30,8 @@ class Exchanged:
 
     layout: PackedLayout
     mean_grad: torch.Tensor  # packed
-    norms: np.ndarray  # float64 [num_slices] of mean_grad
+    norms: np.ndarray  # float64 [num_slices] of mean_grad, as it is now
+    squared_norms: np.ndarray  # float64 [num_layers] of mean_grad as it was exchanged
     local_squared_norms: np.ndarray  # float64 [num_layers]
     gathered_squared_norms: np.ndarray  # float64 [world_size, num_layers]
     counts: np.ndarray  # int64 [num_layers], ranks that computed each layer
@@ -41,6 +42,11 @@ class Exchanged:
         if self.is_finite:
             self.norms = slice_norms(self.mean_grad, self.layout.sizes)
             self.is_finite = bool(np.isfinite(self.norms).all())
+
+    def clip(self, max_norm: float) -> None:
+        """Scale mean_grad to a total norm of at most max_norm."""
+        if self.is_finite:
+            self.norms = clip_packed(self.mean_grad, self.norms, max_norm)
 
 
 class Pipeline:
@@ -73,12 +79,13 @@ class Pipeline:
         self.skipped_in_a_row = 0
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
         self.stats = Stats()
+        self._sent_per_byte = 0.0  # what the last exchange sent for each byte of its buffer
         self.draw_next(self.distribution.probabilities)
 
     def exchange_gradients(
         self, hyper: HyperParameters, *, grad_scale: float, found_inf: float, max_norm: float | None
     ) -> Exchanged:
-        """Stages 3 and 4: pack this rank's gradients, agree with the other ranks, sum.
+        """Stages 3 and 4: pack this rank's gradients, agree with the other ranks, sum, and clip the sum.
 
         grad_scale: what the gradients were multiplied by (GradScaler). found_inf: not 0 skips the step on all ranks.
         """
@@ -95,11 +102,19 @@ class Pipeline:
                 step=self.step_count,
                 count=layout.total,
                 dtype=packed.dtype,
-                hyper_hash=stable_hash([hyper.table(), max_norm, self.backward.trainable]),
+                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.trainable]),
                 values=np.append(local, found_inf),
             )
-        no_norms = np.full(layout.sizes.size, np.nan)
-        exchanged = Exchanged(layout, packed, no_norms, local, gathered[:, :-1], counts, not gathered[:, -1].any())
+        exchanged = Exchanged(
+            layout,
+            packed,
+            norms=np.full(layout.sizes.size, np.nan),
+            squared_norms=np.full(self.layers.num_layers, np.nan),
+            local_squared_norms=local,
+            gathered_squared_norms=gathered[:, :-1],
+            counts=counts,
+            is_finite=not gathered[:, -1].any(),
+        )
         payload_before = self.comm.bytes_sent
         with stats.phase("exchange"):
             if exchanged.is_finite:
@@ -107,26 +122,22 @@ class Pipeline:
         payload = self.comm.bytes_sent - payload_before
         with stats.phase("measure"):
             exchanged.measure()
+            exchanged.squared_norms = self.layers.sum_by_layer(np.square(exchanged.norms), layout.positions)
+            if max_norm is not None:
+                exchanged.clip(max_norm)
         stats.sent_bytes = self.comm.bytes_sent - sent_before
-        stats.dense_bytes = payload * self.packer.dense_bytes // max(1, layout.total * packed.element_size())
+        if payload:
+            self._sent_per_byte = payload / (layout.total * packed.element_size())
+        stats.dense_bytes = round(self.packer.dense_bytes * self._sent_per_byte)
         return exchanged
 
-    def apply(
-        self,
-        exchanged: Exchanged,
-        update: LarsUpdate | SgdUpdate,
-        hyper: HyperParameters,
-        max_norm: float | None,
-    ) -> None:
+    def apply(self, exchanged: Exchanged, update: LarsUpdate | SgdUpdate, hyper: HyperParameters) -> None:
         """Stages 5 and 6: weights and momentum, then probabilities; nothing where the mean gradient is not finite."""
         if not exchanged.is_finite:
             return
-        layout, norms = exchanged.layout, exchanged.norms
-        mean_squared_norms = self.layers.sum_by_layer(np.square(norms), layout.positions)
+        layout = exchanged.layout
         with self.stats.phase("update"):
-            if max_norm is not None:
-                norms = clip_packed(exchanged.mean_grad, norms, max_norm)
-            update.apply(layout.positions, exchanged.mean_grad, norms, hyper)
+            update.apply(layout.positions, exchanged.mean_grad, exchanged.norms, hyper)
             if self._decays_idle:
                 idle = self.backward.trainable.copy()
                 idle[layout.positions] = False
@@ -138,7 +149,7 @@ class Pipeline:
                 counts=exchanged.counts,
                 local=exchanged.local_squared_norms,
                 gathered=exchanged.gathered_squared_norms,
-                mean_grad=mean_squared_norms,
+                mean_grad=exchanged.squared_norms,
                 drawn_probabilities=self.distribution.drawn_probabilities,
             )
             self.distribution.update(squared_norms, observed)

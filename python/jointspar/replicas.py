@@ -39,13 +39,22 @@ def sync_buffers(model: torch.nn.Module, comm: Transport | None = None) -> None:
         return
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     shapes = stable_hash([[list(buffer.shape), str(buffer.dtype)] for buffer in buffers])
-    count = sum(buffer.numel() for buffer in buffers)
-    agreement = current_agreement(comm)
-    agreement.go(Op.BUFFERS, step=agreement.step, count=count, dtype=torch.float64, hyper_hash=shapes)
-    if count:
-        flat = torch.cat([buffer.reshape(-1).to(torch.float64) for buffer in buffers])
-        choose("auto", comm, flat.dtype)(comm, flat, what="averaging buffers")
-        _copy_back(flat / comm.world_size, buffers)
+    flat = torch.cat([torch.empty(0, dtype=torch.float64), *(buffer.reshape(-1).double() for buffer in buffers)])
+    _copy_back(average(flat, comm, what="averaging buffers", detail=shapes), buffers)
+
+
+def average(values: torch.Tensor, comm: Transport, *, what: str, detail: int = 0) -> torch.Tensor:
+    """The mean over the ranks of a 1-D float64 tensor, in new memory. Collective.
+
+    detail: a hash that must be the same on all ranks. Raises DesyncError where it, or the length, or the step is not.
+    """
+    mean = values.clone()
+    if comm.world_size > 1:
+        agreement = current_agreement(comm)
+        agreement.go(Op.AVERAGE, step=agreement.step, count=mean.numel(), dtype=mean.dtype, hyper_hash=detail)
+        choose("auto", comm, mean.dtype)(comm, mean, what=what)
+        mean /= comm.world_size
+    return mean
 
 
 def _copy_back(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:

@@ -118,7 +118,7 @@ def interrupt_a_ring():
         ring.ring(transport, torch.ones(1000), what="step 3 exchange")
     with pytest.raises(RuntimeError, match="step 3 exchange was left by KeyboardInterrupt"):
         ring.ring(transport, torch.ones(1000), what="step 4 exchange")
-    print("refused")
+    print("refused", flush=True)
 
 
 def test_interrupted_ring_poisons_the_transport_and_the_job_still_ends(run_ranks):

@@ -315,6 +315,32 @@ def learning_rates_differ():
     _expect_desync(optimizer.step)
 
 
+def nesterov_differs():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), nesterov=rank == 1)
+    backward(model, batch_of(0, rank))
+    _expect_desync(optimizer.step)
+
+
+def groups_differ():
+    rank = js.comm.world().rank
+    model = make_model()
+    named = list(model.named_parameters())
+    cut = 2 + rank
+    optimizer = js.JointSparLARS([{"params": named[:cut]}, {"params": named[cut:], "lr": 0.3}])
+    backward(model, batch_of(0, rank))
+    _expect_desync(optimizer.step)
+
+
+def clipping_differs():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    backward(model, batch_of(0, rank))
+    _expect_desync(lambda: optimizer.synchronize(max_norm=1.0 + rank))
+
+
 def one_freezes_a_layer():
     rank = js.comm.world().rank
     model = make_model()
@@ -373,7 +399,10 @@ DIFFERENCES = {
     memory_orders_differ: "layer 0",
     optimizers_differ: "setting 'optimizer' differs",
     learning_rates_differ: "hyperparameters differ",
-    one_freezes_a_layer: "differ",
+    nesterov_differs: "hyperparameters differ",
+    groups_differ: "hyperparameters differ",
+    clipping_differs: "hyperparameters differ",
+    one_freezes_a_layer: "hyperparameters differ",
     probabilities_differ: "probabilities differ",
     one_saves_and_one_steps: "rank 0: step 0 exchange; rank 1: save at step 0",
     loaders_have_ten_and_thirteen_batches: "finish",
@@ -395,9 +424,10 @@ def an_uncaught_difference():
 def test_ranks_that_differ_get_desync_error_on_both(run_ranks):
     job = run_ranks(2, all_differences)
     lines = [line for line in job.output.splitlines() if line.startswith("DESYNC")]
-    for words in DIFFERENCES.values():
-        assert sum(words in line for line in lines) >= 2, job.output
     assert len(lines) == 2 * len(DIFFERENCES)
+    for words in set(DIFFERENCES.values()):
+        expected = 2 * sum(words == other for other in DIFFERENCES.values())
+        assert sum(words in line for line in lines) >= expected, job.output
 
 
 def test_an_uncaught_difference_ends_the_job(run_ranks):

@@ -116,15 +116,16 @@ def test_everything_active_is_torch_sgd(nesterov):
     assert (weights(model) - weights(twin)).norm() <= 1e-10 * weights(twin).norm()
 
 
-COMBINATIONS = list(
-    itertools.product(
-        ("independent", "stratified", "shared"), ("systematic", "bernoulli"), ("bandit", "norm", "uniform")
+COMBINATIONS = [
+    (strategy, draw, distribution, lag)
+    for strategy, draw, distribution, lag in itertools.product(
+        ("independent", "stratified", "shared"), ("systematic", "bernoulli"), ("bandit", "norm", "uniform"), (0, 1)
     )
-)
+    if distribution != "uniform" or lag == 0
+]
 
 
-@pytest.mark.parametrize(("strategy", "draw", "distribution"), COMBINATIONS)
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("strategy", "draw", "distribution", "lag"), COMBINATIONS)
 def test_every_combination_learns_and_keeps_the_sum_of_probabilities(strategy, draw, distribution, lag):
     sampling = js.Sampling(budget=0.5, strategy=strategy, draw=draw, distribution=distribution, lag=lag)
     model = make_model()
@@ -212,11 +213,12 @@ def test_the_gradient_of_an_active_layer_is_the_dense_one_over_p():
 def test_mean_grads_may_be_changed_before_the_step():
     model, twin = make_model(), make_model()
     optimizer = js.JointSparLARS(model.named_parameters(), sampling=ALL)
-    before = weights(model)
     backward(model, next(batches(1)))
     optimizer.synchronize()
     with pytest.raises(JointSparError, match="twice"):
         optimizer.synchronize()
+    with pytest.raises(ValueError, match="synchronize"):
+        optimizer.step(max_norm=1.0)
     for mean_grad in optimizer.mean_grads.values():
         mean_grad.zero_()
     optimizer.step()
@@ -226,7 +228,6 @@ def test_mean_grads_may_be_changed_before_the_step():
     for parameter, original in zip(model.parameters(), twin.parameters(), strict=True):
         factor = 1 - 0.1 * 1e-4 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter, original * factor)
-    assert before.shape == weights(model).shape
 
 
 @pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
@@ -321,13 +322,18 @@ def test_grads_stay_as_backward_left_them():
         assert (parameter.grad is None and grad is None) or torch.equal(parameter.grad, grad)
 
 
-def test_max_norm_clips_the_mean_gradient():
+@pytest.mark.parametrize("split", [False, True])
+def test_max_norm_clips_the_mean_gradient(split):
     model, twin = make_model(torch.float64), make_model(torch.float64)
     optimizer = js.JointSparSGD(model.named_parameters(), lr=0.1, momentum=0.0, weight_decay=0.0, sampling=ALL)
     backward(model, next(batches(1, torch.float64)))
     backward(twin, next(batches(1, torch.float64)))
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
-    optimizer.step(max_norm=0.01)
+    if split:
+        optimizer.synchronize(max_norm=0.01)
+        optimizer.step()
+    else:
+        optimizer.step(max_norm=0.01)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.sub_(0.1 * parameter.grad)

@@ -1,4 +1,5 @@
-// Algorithm 1 of Liu & Mozafari 2022: one exponentiated-gradient step on the sampling distribution, then the projection.
+// Algorithm 1 of Liu & Mozafari 2022: one exponentiated-gradient step on the sampling distribution, then the
+// projection.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@ Headers are fixed-size int64 rows that every rank sends to every rank on a commu
 
 - *hello*, once at construction: layout and settings. Its size depends on nothing, so that differing layouts can meet.
 - *plan*, posted at the end of each step and in flight during the next forward: the active layers of that step.
-- *go*, immediately before each payload, save, load, digest and finish: what this rank is about to do.
+- *go*, immediately before each payload, save, load, average and finish: what this rank is about to do.
 
 Why ranks that diverge still meet. Each rank emits one sequence of headers: hello, then plans and goes. A plan is posted
 only after an agreed go, and a go first completes the plan that is in flight, so at most one header is under way and
@@ -55,9 +55,8 @@ class Op(IntEnum):
     EXCHANGE = 2
     SAVE = 3
     LOAD = 4
-    DIGEST = 5
-    BUFFERS = 6
-    FINISH = 7
+    AVERAGE = 5
+    FINISH = 6
 
 
 class Agreement:

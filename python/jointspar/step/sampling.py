@@ -60,8 +60,20 @@ class Sampling:
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
         if self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag} is not 0 or 1")
+        idle = [name for name, acts in self._acting().items() if not acts]
+        if idle:
+            raise ValueError(f"{idle[0]}: does not act with distribution={self.distribution!r}; leave it out")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: {self.seed!r} is not a whole number in [0, 2**64)")
+
+    def _acting(self) -> dict[str, bool]:
+        """Whether each setting that was given acts with this distribution."""
+        learns = self.distribution != "uniform"
+        return {
+            "p_min": learns or self.p_min is None,
+            "lag": learns or not self.lag,
+            "shift": self.distribution == "bandit" or not self.shift,
+        }
 
     @classmethod
     def paper(cls, budget: float, **overrides: Any) -> Sampling:

@@ -30,7 +30,7 @@ class HyperParameters:
 
     def read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Current values for the parameters at `positions`, float64 [len(positions)] by name."""
-        rows = np.array(self.table())[self._group_of[positions]]
+        rows = np.array(self._table())[self._group_of[positions]]
         return {name: rows[:, column] for column, name in enumerate(self.names)}
 
     def check(self) -> None:
@@ -50,8 +50,13 @@ class HyperParameters:
         """The same in all groups, see `check`."""
         return bool(self._groups[0]["nesterov"])
 
-    def table(self) -> list[list[float]]:
-        """Current values, one row a group: what ranks must agree on before each exchange."""
+    def agreed(self) -> list[object]:
+        """What ranks must agree on before each exchange: current values, switches, and which group holds what."""
+        switches = [[bool(group["nesterov"]), bool(group.get("adapt_vectors", True))] for group in self._groups]
+        return [self._table(), switches, self._group_of]
+
+    def _table(self) -> list[list[float]]:
+        """Current values, one row a group."""
         return [[float(group[name]) for name in self.names] for group in self._groups]
 
     def treated_as_vectors(self, positions: np.ndarray) -> np.ndarray:

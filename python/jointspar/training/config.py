@@ -1,4 +1,4 @@
-"""What a training run is made of. Imports no torch, so that the command line answers quickly."""
+"""What a training run is made of, and which flags act for which method."""
 
 from __future__ import annotations
 
@@ -105,6 +105,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{flag(name)} must be at least 0 and finite, got {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2**63, got {self.seed}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"--momentum must be in [0, 1), got {self.momentum}")
         if self.nesterov and self.momentum == 0:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import jointspar as js
 from jointspar.comm.transport import Transport
+from jointspar.replicas import average
 from jointspar.telemetry import Stats
 from jointspar.training.config import (
     METHODS,
@@ -210,14 +211,12 @@ class Run:
             for index in own.split(_EVALUATION_BATCH):
                 scores = self.model(self.dataset.normalise(test.images[index]))
                 num_correct += int((scores.argmax(dim=1) == test.labels[index]).sum())
-        total = torch.tensor([num_correct], dtype=torch.float64)
-        self.comm.allreduce(total, what="evaluation")
-        return total.item() / len(test)
+        share = average(torch.tensor([num_correct], dtype=torch.float64), self.comm, what="evaluation")
+        return round(share.item() * world_size) / len(test)
 
     def _average_over_ranks(self, *names: str) -> None:
         values = torch.tensor([getattr(self.progress, name) for name in names], dtype=torch.float64)
-        self.comm.allreduce(values, what="averages of the epoch")
-        for name, value in zip(names, (values / self.comm.world_size).tolist(), strict=True):
+        for name, value in zip(names, average(values, self.comm, what="means of the epoch").tolist(), strict=True):
             setattr(self.progress, name, value)
 
     def _load(self) -> Progress:
@@ -283,15 +282,17 @@ def _totals(stats: Stats) -> tuple[int, int, int]:
 def _set_up(config: TrainConfig, comm: Transport) -> Run:
     """Read the data and prepare the folder, agree that every rank could, then build the run."""
     error = None
+    run = config.identity()
     try:
         dataset = load_dataset(config.dataset, config.data_dir)
         batches = ShardedBatches(dataset, config.batch_size, comm.rank, comm.world_size, config.seed)
         check_warmup(config, comm.world_size)
+        run |= {"images": [len(dataset.train), len(dataset.test)], "labels": dataset.train.labels}
         if comm.rank == 0:
             prepare_folder(config)
     except (ValueError, OSError) as caught:
         error = caught
-    agree_on_start(comm, error)
+    agree_on_start(comm, error, run)
     try:
         return Run(config, comm, dataset, batches)
     except (ValueError, js.errors.CheckpointError) as caught:  # alike on all ranks

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import jointspar as js
+from jointspar.comm.hashing import stable_hash
 from jointspar.comm.transport import Transport
 from jointspar.training.config import (
     DEFAULT_TRUST_COEFFICIENT,
@@ -28,12 +29,23 @@ class SetupError(ValueError):
         self.is_speaker = is_speaker
 
 
-def agree_on_start(comm: Transport, error: Exception | None) -> None:
-    """Raise SetupError on every rank when any rank has an error; the first of those speaks."""
-    has_failed = comm.start_headers(np.array([error is not None], dtype=np.int64), what="set-up").wait()[:, 0]
+def agree_on_start(comm: Transport, error: Exception | None, run: dict[str, object]) -> None:
+    """Raise SetupError on every rank when any rank has an error, or was given another run (flags, data) than rank 0.
+
+    The first rank with an error speaks.
+    """
+    words = np.array([error is not None, stable_hash(run)], dtype=np.int64)
+    rows = comm.start_headers(words, what="set-up").wait()
+    has_failed, hashes = rows[:, 0], rows[:, 1]
     if has_failed.any():
         first = int(has_failed.argmax())
         raise SetupError(str(error or f"rank {first} could not start"), is_speaker=comm.rank == first) from error
+    if (hashes != hashes[0]).any():
+        ranks = ", ".join(map(str, np.flatnonzero(hashes != hashes[0])))
+        raise SetupError(
+            f"rank {ranks} was given other flags or other data files than rank 0; start all ranks alike",
+            is_speaker=comm.rank == 0,
+        )
 
 
 def check_warmup(config: TrainConfig, world_size: int) -> None:

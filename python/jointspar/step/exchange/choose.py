@@ -11,6 +11,9 @@ from jointspar.comm.transport import Transport
 from jointspar.step.exchange.allreduce import allreduce
 from jointspar.step.exchange.ring import Scratch, ring
 
+# Below this the library's collective has less latency; above it the ring is faster on loopback and on slow links.
+RING_FROM_BYTES = 1 << 20
+
 
 class Exchange(Protocol):
     """Sums a packed buffer over the ranks of a transport, in place; the same bits on all ranks."""
@@ -21,8 +24,8 @@ class Exchange(Protocol):
 def choose(name: str, transport: Transport, dtype: torch.dtype) -> Exchange:
     """The exchange called `name`, for packed buffers of `dtype`; call it for the same transport each step.
 
-    name: "allreduce" (the transport's own collective), "ring" (any float dtype, polls against deadlines), or "auto":
-    allreduce where the transport sums the dtype, else ring. One rank exchanges nothing.
+    name: "allreduce" (the transport's own collective), "ring" (any float dtype), or "auto": the ring from 1 MiB on and
+    for dtypes that the transport cannot sum, else allreduce. One rank exchanges nothing.
     Raises ValueError for an unknown name, or for "allreduce" with a dtype that the transport cannot sum.
     """
     if name not in ("auto", "allreduce", "ring"):
@@ -30,6 +33,14 @@ def choose(name: str, transport: Transport, dtype: torch.dtype) -> Exchange:
     can_allreduce = transport.can_allreduce(dtype)
     if name == "allreduce" and not can_allreduce:
         raise ValueError(f"{transport.name} cannot sum {dtype}: use exchange='ring'")
+    if name == "allreduce":
+        return allreduce
+    own_ring = partial(ring, scratch=Scratch())
     if name == "ring" or not can_allreduce:
-        return partial(ring, scratch=Scratch())
-    return allreduce
+        return own_ring
+
+    def by_size(transport: Transport, packed: torch.Tensor, *, what: str) -> None:
+        exchange = own_ring if packed.numel() * packed.element_size() >= RING_FROM_BYTES else allreduce
+        exchange(transport, packed, what=what)
+
+    return by_size
