@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Op
 from jointspar.errors import CheckpointError
+from jointspar.plain_json import from_json, to_json
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -46,14 +48,24 @@ def save(
         keep: how many checkpoints stay; older ones are deleted after this one is complete.
 
     Returns: the checkpoint's folder.
-    Raises: DesyncError where another rank does something else, OSError where the folder cannot be written.
+    Raises: DesyncError where another rank does something else, OSError where the folder cannot be written, TypeError
+    for `extra` or scheduler state that JSON cannot hold, CheckpointError where the folder holds later steps.
     """
+    if keep < 1:
+        raise ValueError(f"keep: {keep} is not at least 1")
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
+    _refuse_later(directory, final)
+    settings = {
+        "param_groups": to_json(state["param_groups"]),
+        "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
+        "extra": to_json(extra or {}),
+    }
     optimizer.meet(Op.SAVE)
     if comm.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in directory.glob(".partial-step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True, mode=0o700)
     optimizer.meet(Op.SAVE)  # the folder is there
     _write_tensors(partial / _rank_file(comm.rank), _rank_tensors(model, state))
@@ -61,12 +73,8 @@ def save(
         _write_tensors(partial / _SHARED, _shared_tensors(model, state))
     optimizer.meet(Op.SAVE)  # every rank's file is there
     if comm.rank == 0:
-        manifest = _manifest(partial, comm.world_size, state, scheduler, extra)
-        _write_bytes(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync_folder(directory)
+        _write_bytes(partial / _MANIFEST, _manifest(partial, comm.world_size, step, settings))
+        _publish(partial, final)
         for old in _checkpoints(directory)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     optimizer.meet(Op.SAVE)  # it has its name
@@ -78,9 +86,9 @@ def load(
 ) -> dict[str, Any]:
     """Continue from the newest sound checkpoint in `directory`. Collective.
 
-    A damaged checkpoint is passed over with a warning for the one before it. Another world size is refused with
-    strategy="independent", whose probabilities are each rank's own; otherwise rank 0's buffers, probabilities and
-    random state go to every rank.
+    A damaged checkpoint is passed over with a warning for the one before it, and renamed `unusable-...`. Another world
+    size is refused with strategy="independent", whose probabilities are each rank's own; otherwise rank 0's buffers,
+    probabilities and random state go to every rank.
 
     Returns: the `extra` that was saved.
     Raises: CheckpointError where no sound checkpoint of this model is there; nothing was changed then.
@@ -92,30 +100,33 @@ def load(
         name: tuple(tensor.shape) for name, tensor in expected.items()
     }:
         raise CheckpointError(f"{folder}: is of another model (names or shapes of its tensors differ)")
-    momenta = _take(shared, "momentum.")
-    if len(momenta) != sum(len(group["params"]) for group in optimizer.param_groups):
-        raise CheckpointError(f"{folder}: is of another optimizer ({len(momenta)} momentum buffers)")
+    if scheduler is not None and manifest["scheduler"] is None:
+        raise CheckpointError(f"{folder}: was saved without a scheduler")
+    state = {
+        "state": {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()},
+        "param_groups": from_json(manifest["param_groups"]),
+        "jointspar": _unflatten(own),
+    }
+    try:
+        optimizer.check_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
-    optimizer.load_state_dict(
-        {
-            "state": {int(index): {"momentum_buffer": momentum} for index, momentum in momenta.items()},
-            "param_groups": manifest["param_groups"],
-            "jointspar": _unflatten(own),
-        }
-    )
+    optimizer.load_state_dict(state)
     if scheduler is not None:
-        scheduler.load_state_dict(manifest["scheduler"])
+        scheduler.load_state_dict(from_json(manifest["scheduler"]))
     torch.set_rng_state(own["random_state"])
-    return dict(manifest["extra"])
+    return dict(from_json(manifest["extra"]))
 
 
 def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
     candidates = _checkpoints(directory)
     if not candidates:
         raise CheckpointError(f"{directory}: holds no checkpoint")
-    problems = []
+    problems: list[str] = []
+    passed: list[Path] = []
     for folder in candidates:
         try:
             found = (
@@ -124,9 +135,13 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
             )
         except CheckpointError as error:
             problems.append(str(error))
+            passed.append(folder)
             warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
             continue
         optimizer.meet(Op.LOAD, stable_hash(folder.name))
+        if optimizer.comm.rank == 0:
+            for other in passed:  # they must not stand before what is saved next
+                os.replace(other, other.with_name(f"unusable-{other.name}-{time.time_ns()}"))
         return found
     raise CheckpointError("; ".join(problems))
 
@@ -157,24 +172,31 @@ def _read(
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _manifest(
-    folder: Path, world_size: int, state: dict[str, Any], scheduler: Any, extra: dict[str, Any] | None
-) -> dict[str, Any]:
+def _manifest(folder: Path, world_size: int, step: int, settings: dict[str, Any]) -> bytes:
     names = [_SHARED, *(_rank_file(rank) for rank in range(world_size))]
-    manifest = {
-        "format": FORMAT,
-        "world_size": world_size,
-        "step": state["jointspar"]["step"],
-        "files": {name: _sha256(folder / name) for name in names},
-        "param_groups": [
-            {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
-            for group in state["param_groups"]
-        ],
-        "scheduler": scheduler.state_dict() if scheduler is not None else None,
-        "extra": extra or {},
-    }
+    manifest = {"format": FORMAT, "world_size": world_size, "step": step, **settings}
+    manifest["files"] = {name: _sha256(folder / name) for name in names}
     manifest["digest"] = _digest_of(manifest)
-    return manifest
+    return json.dumps(manifest, indent=1).encode()
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give a complete checkpoint its name; one of that name stays until then."""
+    _sync_folder(partial)
+    former = final.with_name(f".former-{final.name}")
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        os.replace(final, former)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _refuse_later(directory: Path, final: Path) -> None:
+    """Later checkpoints are another run's, and would be loaded instead; unreadable ones are passed over anyway."""
+    for folder in _checkpoints(directory):
+        if folder.name > final.name and (folder / _MANIFEST).exists():
+            raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:

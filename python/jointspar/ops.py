@@ -252,7 +252,8 @@ def add_packed(out: Array, packed: Array) -> None:
 def squared_norms(grads: Sequence[Array] | Array, *, layout: Sequence[int] | Array | None = None) -> Array:
     """Squared Euclidean norms, float64 [num_tensors], of arrays or of the slices of a packed buffer.
 
-    NaN or Inf exactly where the data holds one. Bit-identical for every number of threads.
+    NaN or Inf exactly where the data holds one (or, in float64, a value above 1e154).
+    Bit-identical for every number of threads.
     """
     if isinstance(grads, (list, tuple)):
         if layout is not None:

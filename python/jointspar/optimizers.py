@@ -15,7 +15,7 @@ from jointspar.pipeline import Exchanged, Pipeline
 from jointspar.replicas import broadcast_parameters
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
-from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate
+from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
 from jointspar.telemetry import Stats, weight_grad_flops
 
 INACTIVE = ("skip", "decay")
@@ -133,6 +133,12 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         """
         if max_norm is not None and self._exchanged is not None:
             raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
+        if closure is not None and self._exchanged is not None:
+            raise ValueError("closure: the gradients were exchanged already; call step() without it")
+        if getattr(self, "grad_scale", None) is not None and self._exchanged is not None:
+            raise JointSparError(
+                "scaled gradients were exchanged: call scaler.unscale_(optimizer) before synchronize()"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -140,7 +146,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         if self._exchanged is None:
             self._exchange_gradients(max_norm)
         elif self._mean_grads_shown:
-            self._exchanged.measure()
+            self._pipeline.agree_on_changes(self._exchanged, self._hyper)
         exchanged, self._exchanged, self._mean_grads_shown = self._exchanged, None, False
         assert exchanged is not None
         lagged = self._pipeline.distribution.probabilities.copy()
@@ -152,8 +158,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
     def synchronize(self, *, max_norm: float | None = None) -> None:
         """Exchange the gradients now, so that `mean_grads` can be looked at or changed before `step()`.
 
-        Collective. max_norm: as in `step`. With a GradScaler call its `unscale_` first. What is changed must be
-        changed alike on all ranks.
+        Collective. max_norm: as in `step`. With a GradScaler call its `unscale_` first. Change mean_grads alike on all
+        ranks.
         """
         if self._exchanged is not None:
             raise JointSparError("synchronize() was called twice without a step() between")
@@ -161,17 +167,20 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
     def count_flops(self, model: torch.nn.Module, *inputs: Any) -> None:
         """Run one forward to learn what each layer's weight gradient costs; `stats` then counts what was skipped."""
-        self._pipeline.flops = weight_grad_flops(model, [layer.name for layer in self.layers], *inputs)
+        self._pipeline.flops = weight_grad_flops(
+            model, [[self._parameters[index] for index in layer.parameters] for layer in self.layers], *inputs
+        )
 
     def release(self) -> None:
         """Give `requires_grad` of all parameters back as it was found (or as the user set it since)."""
         self._pipeline.backward.release()
 
     def set_trainable(self, parameters: Iterable[torch.Tensor], trainable: bool) -> None:
-        """Freeze or thaw parameters in mid-training, on all ranks alike; acts from the next step on.
+        """Freeze or thaw parameters in mid-training, on all ranks alike.
 
-        Setting `requires_grad` directly is honoured too where it is visible: a layer that is inactive at that
-        moment has the flag off already.
+        Frozen ones are left alone from now on, thawed ones train from the next iteration on. Setting `requires_grad`
+        directly is honoured too where it is visible; but a layer that is inactive at that moment has the flag off
+        already, on this rank or another, so prefer this call.
         """
         position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
         chosen = list(parameters)
@@ -181,6 +190,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
     def meet(self, op: Op, detail: int = 0) -> None:
         """Wait for all ranks to come to `op` in this step. Raises DesyncError where one does something else."""
+        if self._exchanged is not None:
+            raise JointSparError(f"{op.name.lower()}: not between synchronize() and step()")
         self._pipeline.agreement.go(op, step=self._pipeline.step_count, hyper_hash=detail)
 
     def finish(self) -> None:
@@ -218,10 +229,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
         Raises ValueError for a state of other parameters or layers; nothing was changed then.
         """
-        own = state_dict.get("jointspar")
-        if own is None:
-            raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
-        self._pipeline.check_state(own)
+        self.check_state_dict(state_dict)
         loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
         super().load_state_dict(state_dict)
         for parameter, momentum, value in zip(self._parameters, self._momenta, loaded, strict=True):
@@ -230,7 +238,22 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged = None
-        self._pipeline.load_state_dict(own)
+        self._pipeline.load_state_dict(state_dict["jointspar"])
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a state that is not of this optimizer, its parameters, groups or layers."""
+        own = state_dict.get("jointspar")
+        if own is None:
+            raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
+        self._pipeline.check_state(own)
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("state_dict: its parameter groups are of other sizes")
+        for index, parameter in enumerate(self._parameters):
+            momentum = state.get(index, {}).get("momentum_buffer")
+            if momentum is None or momentum.shape != parameter.shape:
+                raise ValueError(f"state_dict: has no momentum_buffer of the shape of parameter {index}")
+        check_hyperparameters(groups, self._hyper_names)
 
 
 class JointSparLARS(_JointSparOptimizer):

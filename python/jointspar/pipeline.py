@@ -90,6 +90,8 @@ class Pipeline:
         grad_scale: what the gradients were multiplied by (GradScaler). found_inf: not 0 skips the step on all ranks.
         """
         stats = self.stats
+        hyper.check()
+        stats.phase_ms.clear()
         self.backward.observe()
         with stats.phase("plan"):
             counts = self.agreement.wait_plan().sum(axis=0)
@@ -102,7 +104,7 @@ class Pipeline:
                 step=self.step_count,
                 count=layout.total,
                 dtype=packed.dtype,
-                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.trainable]),
+                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable]),
                 values=np.append(local, found_inf),
             )
         exchanged = Exchanged(
@@ -128,8 +130,18 @@ class Pipeline:
         stats.sent_bytes = self.comm.bytes_sent - sent_before
         if payload:
             self._sent_per_byte = payload / (layout.total * packed.element_size())
-        stats.dense_bytes = round(self.packer.dense_bytes * self._sent_per_byte)
+        stats.dense_bytes = round(self.packer.dense_bytes(self.backward.updatable) * self._sent_per_byte)
         return exchanged
+
+    def agree_on_changes(self, exchanged: Exchanged, hyper: HyperParameters) -> None:
+        """After the user may have changed mean_grad: measure it, and skip it everywhere if anywhere not finite."""
+        exchanged.measure()
+        values = np.append(np.zeros(self.layers.num_layers), float(not exchanged.is_finite))
+        hyper.check()
+        gathered = self.agreement.go(
+            Op.UPDATE, step=self.step_count, hyper_hash=stable_hash(hyper.agreed()), values=values
+        )
+        exchanged.is_finite = not gathered[:, -1].any()
 
     def apply(self, exchanged: Exchanged, update: LarsUpdate | SgdUpdate, hyper: HyperParameters) -> None:
         """Stages 5 and 6: weights and momentum, then probabilities; nothing where the mean gradient is not finite."""
@@ -139,7 +151,7 @@ class Pipeline:
         with self.stats.phase("update"):
             update.apply(layout.positions, exchanged.mean_grad, exchanged.norms, hyper)
             if self._decays_idle:
-                idle = self.backward.trainable.copy()
+                idle = self.backward.updatable
                 idle[layout.positions] = False
                 update.apply(np.flatnonzero(idle), None, None, hyper)
         with self.stats.phase("probabilities"):
@@ -156,8 +168,9 @@ class Pipeline:
 
     def finish_step(self, exchanged: Exchanged, lagged: np.ndarray) -> None:
         """Draw the layers of the next step and count this one. `lagged`: the probabilities before its update."""
-        active_fraction = float(self.active.mean())
-        flops_skipped = None if self.flops is None else int(self.flops[~self.active].sum())
+        eligible = self.distribution.eligible
+        active_fraction = float(self.active[eligible].mean()) if eligible.any() else 1.0
+        flops_skipped = None if self.flops is None else int(self.flops[eligible & ~self.active].sum())
         self.step_count += 1
         self.skipped_in_a_row = 0 if exchanged.is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -216,7 +229,7 @@ class Pipeline:
     def _pack(self, counts: np.ndarray, grad_scale: float) -> tuple[PackedLayout, torch.Tensor, np.ndarray]:
         """Layout, packed gradient, and the squared norms of this rank's unscaled gradients by layer."""
         layers = self.layers
-        layout = self.packer.layout(layers.wanted_parameters(counts > 0) & self.backward.trainable)
+        layout = self.packer.layout(layers.wanted_parameters(counts > 0) & self.backward.updatable)
         scales = gradient_scales(
             self.sampling.strategy, self.distribution.drawn_probabilities, counts, self.comm.world_size
         )

@@ -61,21 +61,32 @@ class Stats:
             self.phase_ms[name] = (time.perf_counter() - start) * 1e3
 
 
-def weight_grad_flops(model: torch.nn.Module, layer_names: Sequence[str], *inputs: Any) -> np.ndarray:
+def weight_grad_flops(model: torch.nn.Module, layers: Sequence[Sequence[torch.Tensor]], *inputs: Any) -> np.ndarray:
     """FLOPs of each layer's weight gradient for these inputs, int64 [num_layers].
 
-    A convolution's or matrix product's weight gradient takes as many as its forward; they are counted by torch's
-    FlopCounterMode in one forward without gradients, in evaluation mode. Layers of which it counts nothing
-    (embeddings, modules that were not called) have 0.
+    A convolution's or matrix product's weight gradient takes as many as its forward; torch's FlopCounterMode counts
+    them in one forward without gradients, in evaluation mode, for the module that owns the layer's matrices, less what
+    its submodules count. Layers of which it counts nothing (embeddings, modules that were not called) have 0.
+
+    Args:
+        layers: the tensors of each layer.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
     finally:
-        model.train(was_training)
-    counts = counter.get_flop_counts()
+        for module, mode in modes.items():
+            module.training = mode
     root = type(model).__name__
-    keys = [root if name == "(root)" else f"{root}.{name}" for name in layer_names]
-    return np.array([sum(counts.get(key, {}).values()) for key in keys], dtype=np.int64)
+    counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
+    own: dict[int, int] = {}  # parameter -> FLOPs of the module that owns it
+    for name, module in model.named_modules():
+        path = f"{root}.{name}".removesuffix(".")
+        inner = sum(counts.get(f"{path}.{child}", 0) for child, _ in module.named_children())
+        holder = module.parametrizations if hasattr(module, "parametrizations") else module
+        for parameter in (*module.parameters(recurse=False), *holder.parameters(recurse=holder is not module)):
+            if parameter.ndim >= 2:
+                own.setdefault(id(parameter), counts.get(path, 0) - inner)
+    return np.array([max((own.get(id(tensor), 0) for tensor in layer), default=0) for layer in layers], dtype=np.int64)

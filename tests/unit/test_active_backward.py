@@ -23,7 +23,8 @@ def test_only_wanted_parameters_get_gradients_and_they_are_the_dense_ones():
     model(x).square().sum().backward()
     dense = [parameter.grad.clone() for parameter in parameters]
     model.zero_grad()
-    ActiveBackward(parameters).activate(np.array([True, False, True]))
+    backward = ActiveBackward(parameters)
+    backward.activate(np.array([True, False, True]))
     model(x).square().sum().backward()
     assert parameters[1].grad is None
     assert torch.equal(parameters[0].grad, dense[0]) and torch.equal(parameters[2].grad, dense[2])
@@ -31,7 +32,8 @@ def test_only_wanted_parameters_get_gradients_and_they_are_the_dense_ones():
 
 def test_with_nothing_wanted_backward_still_works():
     model, parameters = make()
-    ActiveBackward(parameters).activate(np.zeros(3, dtype=bool))
+    backward = ActiveBackward(parameters)
+    backward.activate(np.zeros(3, dtype=bool))
     model(torch.randn(5, 2)).sum().backward()
     assert sum(parameter.grad is not None for parameter in parameters) == 1
 
@@ -61,7 +63,7 @@ def test_freezing_and_thawing_by_the_user_is_honoured():
     backward.activate(np.array([True, False, True]))
     parameters[0].requires_grad_(False)
     parameters[2].requires_grad_(True)
-    assert backward.observe()
+    backward.observe()
     assert backward.trainable.tolist() == [False, True, True]
     backward.activate(np.ones(3, dtype=bool))
     assert flags(parameters) == [False, True, True]
@@ -82,3 +84,27 @@ def test_nothing_to_train_is_an_error():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         ActiveBackward(parameters)
+
+
+def test_with_nothing_wanted_a_parameter_that_the_loss_depends_on_stays():
+    used, unused = nn.Linear(2, 2), nn.Linear(2, 2)
+    parameters = [*used.parameters(), *unused.parameters()]
+    backward = ActiveBackward(parameters)
+    used(torch.randn(3, 2)).sum().backward()
+    backward.observe()
+    backward.activate(np.zeros(4, dtype=bool))
+    used(torch.randn(3, 2)).sum().backward()
+    assert flags(parameters) == [False, True, False, False]
+
+
+def test_another_owner_of_the_same_parameters_starts_from_the_user_s_flags():
+    _, parameters = make()
+    first = ActiveBackward(parameters)
+    first.activate(np.array([True, False, False]))
+    second = ActiveBackward(parameters)
+    assert second.trainable.tolist() == [True] * 3
+    second.activate(np.array([False, True, False]))
+    del first
+    assert flags(parameters) == [False, True, False]
+    del second
+    assert flags(parameters) == [True] * 3

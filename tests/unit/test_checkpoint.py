@@ -138,3 +138,68 @@ def test_the_manifest_is_plain_json_without_pickle(tmp_path):
     folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["world_size"] == 1 and set(manifest["files"]) == {"shared.safetensors", "rank-0.safetensors"}
+
+
+def make_milestones(optimizer):
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[5, 10], gamma=0.1)
+
+
+def test_a_scheduler_with_whole_number_keys_resumes_exactly(tmp_path):
+    model, optimizer, _ = make()
+    scheduler = make_milestones(optimizer)
+    train(model, optimizer, scheduler, 3)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler)
+    other, other_optimizer, _ = make(seed=4)
+    other_scheduler = make_milestones(other_optimizer)
+    js.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, scheduler=other_scheduler)
+    rates = []
+    for run in ((model, optimizer, scheduler), (other, other_optimizer, other_scheduler)):
+        train(*run, 9)
+        rates.append(run[1].param_groups[0]["lr"])
+    assert rates[0] == rates[1] == pytest.approx(0.3 * 0.01)
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    model, optimizer, _ = make()
+    with pytest.raises(TypeError, match="object cannot be saved"):
+        js.checkpoint.save(tmp_path / "new", model=model, optimizer=optimizer, extra={"it": object()})
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="keep"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, keep=0)
+
+
+def test_a_run_does_not_save_below_the_later_steps_of_another(tmp_path):
+    model, optimizer, scheduler = make()
+    train(model, optimizer, scheduler, 2)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    other, other_optimizer, _ = make()
+    with pytest.raises(CheckpointError, match="later"):
+        js.checkpoint.save(tmp_path, model=other, optimizer=other_optimizer)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)  # the same step again
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_after_a_fall_back_saving_goes_on(tmp_path):
+    model, optimizer, scheduler = make()
+    for steps in (1, 3):
+        train(model, optimizer, scheduler, steps)
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    (folder / "shared.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="passing over"):
+        js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    train(model, optimizer, scheduler, 1)
+    assert js.checkpoint.save(tmp_path, model=model, optimizer=optimizer).name == "step-00000002"
+    assert sum(path.name.startswith("unusable-step-00000004") for path in tmp_path.iterdir()) == 1
+
+
+def test_another_optimizer_or_grouping_is_refused_and_changes_nothing(tmp_path):
+    model, optimizer, scheduler = make()
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    other = make(seed=6)[0]
+    other_optimizer = js.JointSparLARS(other.named_parameters(), sampling=js.Sampling(grouping="tensor"))
+    before = everything(other, other_optimizer)
+    with pytest.raises(CheckpointError, match="layers"):
+        js.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer)
+    with pytest.raises(CheckpointError, match="scheduler"):
+        js.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, scheduler=scheduler)
+    assert_equal(before, everything(other, other_optimizer))

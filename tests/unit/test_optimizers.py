@@ -261,6 +261,73 @@ def test_a_state_of_another_optimizer_is_refused_and_changes_nothing():
     assert str(optimizer.state_dict()) == str(before)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state["state"].clear(),
+        lambda state: state["state"][0].update(momentum_buffer=torch.zeros(1)),
+        lambda state: state["param_groups"][0].pop("trust_coefficient"),
+        lambda state: state["param_groups"][0].update(lr=-1.0),
+        lambda state: state["param_groups"].append(dict(state["param_groups"][0])),
+    ],
+)
+def test_a_spoilt_state_is_refused_and_changes_nothing(spoil):
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    before = str(state)
+    spoil(state)
+    with pytest.raises(ValueError):  # noqa: PT011 - the messages differ
+        optimizer.load_state_dict(state)
+    assert str(optimizer.state_dict()) == before
+    train(model, optimizer, 1)
+
+
+def test_a_loaded_state_keeps_to_the_budget_of_this_optimizer():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1))
+    train(model, optimizer, 5)
+    other = js.JointSparLARS(make_model().named_parameters(), sampling=js.Sampling(budget=3))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.probabilities.sum().item() == pytest.approx(3.0, abs=1e-9)
+
+
+def test_building_an_optimizer_again_starts_from_all_parameters():
+    model = make_model()
+    first = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1))
+    train(model, first, 2)
+    second = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1.0))
+    assert second.probabilities.tolist() == [1.0] * 4
+    train(model, second, 2)
+
+
+def test_a_bad_learning_rate_is_refused_before_anything_happens():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    backward(model, next(batches(1)))
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+
+
+def test_scaled_gradients_are_not_applied_unscaled():
+    model = make_model()
+    optimizer = js.JointSparSGD(model.named_parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    batch = next(batches(1))
+    scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+    optimizer.synchronize()
+    with pytest.raises(JointSparError, match="unscale_"):
+        scaler.step(optimizer)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: None)
+    with pytest.raises(JointSparError, match="between"):
+        js.checkpoint.save("unused", model=model, optimizer=optimizer)
+
+
 def test_lr_schedulers_and_parameter_groups_act():
     model = make_model()
     groups = [

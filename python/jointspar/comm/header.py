@@ -56,7 +56,8 @@ class Op(IntEnum):
     SAVE = 3
     LOAD = 4
     AVERAGE = 5
-    FINISH = 6
+    UPDATE = 6
+    FINISH = 7
 
 
 class Agreement:
@@ -165,7 +166,9 @@ class Agreement:
         words[_DTYPE] = _DTYPES.index(dtype)
         words[_NUM_FIXED : _NUM_FIXED + own.size] = own.view(np.int64)
         rows = self._transport.start_headers(words, what=_describe(op, step)).wait()
-        self._compare(rows, _describe(op, step), "learning rates or other hyperparameters differ")
+        self._compare(
+            rows, _describe(op, step), "learning rates, other hyperparameters, or which parameters are frozen differ"
+        )
         return rows[:, _NUM_FIXED : _NUM_FIXED + own.size].copy().view(np.float64)
 
     def finish(self) -> None:

@@ -39,11 +39,8 @@ _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outl
 class MpiTransport:
     """Operations among the ranks of an MPI communicator; see `Transport` and `mpi`."""
 
-    def __init__(self, mpi_module: ModuleType, communicator: Any, timeout: float) -> None:
+    def __init__(self, mpi_module: ModuleType, communicator: Any, timeout: float, on_failure: str) -> None:
         self._mpi = mpi_module
-        self._headers, self._payload = communicator.Dup(), communicator.Dup()
-        for private in (self._headers, self._payload):
-            private.Set_errhandler(mpi_module.ERRORS_RETURN)
         self.name = f"mpi: {library_version(mpi_module)}"
         self.rank: int = communicator.Get_rank()
         self.world_size: int = communicator.Get_size()
@@ -58,6 +55,16 @@ class MpiTransport:
             torch.int64: mpi_module.INT64_T,
         }
         atexit.register(self._abort_if_failed)
+        if on_failure == "abort" and self.world_size > 1:
+            abort_on_uncaught(self)  # before the first operation that could fail
+        self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
+
+    def _duplicate(self, communicator: Any) -> Any:
+        """A communicator of our own; unlike Dup, with a deadline."""
+        private, request = self._call("start", communicator.Idup)
+        self._wait([request], "start")
+        private.Set_errhandler(self._mpi.ERRORS_RETURN)
+        return private
 
     @property
     def is_closed(self) -> bool:
@@ -238,10 +245,8 @@ def mpi(communicator: Any = None, *, timeout: float | None = None, on_failure: s
     mpi_module = load_mpi()
     if not mpi_module.Is_initialized() or mpi_module.Is_finalized():
         raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
-    transport = MpiTransport(mpi_module, mpi_module.COMM_WORLD if communicator is None else communicator, seconds)
-    if on_failure == "abort" and transport.world_size > 1:
-        abort_on_uncaught(transport)
-    return transport
+    world = mpi_module.COMM_WORLD if communicator is None else communicator
+    return MpiTransport(mpi_module, world, seconds, on_failure)
 
 
 def load_mpi() -> ModuleType:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+_owners = WeakIdKeyDictionary()  # parameter -> weak reference to the ActiveBackward that toggles it
 
 
 class ActiveBackward:
@@ -13,45 +17,69 @@ class ActiveBackward:
 
     `trainable` (bool [num_parameters]) is what the user wants trained. A flag that differs from what was set here was
     changed by the user: `observe` honours it. A parameter of an inactive layer already has the flag off, so freezing
-    it leaves no trace: that is what `set_trainable` is for.
+    it leaves no trace: that is what `set_trainable` is for. An owner that goes away, or is followed by another on the
+    same parameters, gives the flags back.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        for parameter in parameters:
+            owner = _owners[parameter]() if parameter in _owners else None
+            if owner is not None:
+                owner.release()
         self._parameters = parameters
         self.trainable = np.array([parameter.requires_grad for parameter in parameters], dtype=bool)
+        self._trainable_before = self.trainable.copy()  # when the iteration under way began
         self._as_set = self.trainable.copy()
+        self._fallback = len(parameters) - 1
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
+        for parameter in parameters:
+            _owners[parameter] = weakref.ref(self)
+        weakref.finalize(self, _give_back, parameters, self.trainable, self._as_set)
 
-    def observe(self) -> bool:
-        """Take over flags that the user changed since `activate`; True where there were any."""
+    @property
+    def updatable(self) -> np.ndarray:
+        """bool [num_parameters]: trainable now, and when the iteration under way began."""
+        return self.trainable & self._trainable_before
+
+    def observe(self) -> None:
+        """Take over flags that the user changed since `activate`; remember a parameter that the loss depends on."""
         count = len(self._parameters)
         found = np.fromiter((parameter.requires_grad for parameter in self._parameters), dtype=bool, count=count)
         changed = found != self._as_set
         self.trainable[changed] = found[changed]
-        self._as_set = found
-        return bool(changed.any())
+        self._as_set[:] = found
+        reached = (index for index in range(count - 1, -1, -1) if self._parameters[index].grad is not None)
+        self._fallback = next(reached, self._fallback)
 
     def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
-        """Freeze or thaw parameters, active or not; acts at the next `activate`."""
+        """Freeze or thaw parameters, active or not."""
         self.trainable[list(positions)] = trainable
 
     def activate(self, wanted: np.ndarray) -> None:
         """Let autograd compute the gradients of `wanted` parameters (bool [num_parameters]) and of no others.
 
-        Where nothing is wanted the last trainable parameter stays differentiable, so that the user's
-        `loss.backward()` works; its gradient is discarded.
+        Where nothing is wanted, the last trainable parameter that had a gradient stays differentiable, so that the
+        user's `loss.backward()` works; its gradient is discarded.
         """
         flags = wanted & self.trainable
         if not flags.any() and self.trainable.any():
-            flags[np.flatnonzero(self.trainable)[-1]] = True
+            fallback = self._fallback if self.trainable[self._fallback] else np.flatnonzero(self.trainable)[-1]
+            flags[fallback] = True
         for index in np.flatnonzero(flags != self._as_set).tolist():
             self._parameters[index].requires_grad_(bool(flags[index]))
-        self._as_set = flags
+        self._as_set[:] = flags
+        self._trainable_before[:] = self.trainable
 
     def release(self) -> None:
         """Give requires_grad back: as it was found, but for what the user changed since."""
         self.observe()
-        for parameter, trainable in zip(self._parameters, self.trainable, strict=True):
-            parameter.requires_grad_(bool(trainable))
-        self._as_set = self.trainable.copy()
+        _give_back(self._parameters, self.trainable, self._as_set)
+
+
+def _give_back(parameters: Sequence[torch.Tensor], trainable: np.ndarray, as_set: np.ndarray) -> None:
+    """Restore the flags that are still as they were set; `as_set` is mutated."""
+    for index, parameter in enumerate(parameters):
+        if parameter.requires_grad == as_set[index]:
+            parameter.requires_grad_(bool(trainable[index]))
+    as_set[:] = trainable

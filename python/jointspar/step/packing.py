@@ -37,10 +37,9 @@ class Packer:
         self._buffer = torch.empty(0, dtype=self.wire_dtype)
         self._warned: set[int] = set()
 
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of a buffer that holds every parameter."""
-        return int(self._sizes.sum()) * self.wire_dtype.itemsize
+    def dense_bytes(self, trainable: np.ndarray) -> int:
+        """Bytes of a buffer that holds every trainable parameter (bool [num_parameters])."""
+        return int(self._sizes[trainable].sum()) * self.wire_dtype.itemsize
 
     def layout(self, wanted: np.ndarray) -> PackedLayout:
         """The layout that holds the `wanted` parameters, bool [num_parameters]."""
@@ -83,7 +82,11 @@ class Packer:
             if position not in self._warned:
                 self._warned.add(position)
                 name = self._names[position]
-                warnings.warn(f"{name} was active but got no gradient (unused?); it counts as zero", stacklevel=4)
+                warnings.warn(
+                    f"{name} was active but got no gradient: it counts as zero. Right if the loss does not depend on "
+                    "it; wrong inside torch.utils.checkpoint with use_reentrant=True (pass False)",
+                    stacklevel=4,
+                )
             return None
         if grad.layout is not torch.strided:
             name = self._names[position]

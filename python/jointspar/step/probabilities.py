@@ -89,6 +89,10 @@ class LayerDistribution:
         self.eligible = np.asarray(state["eligible"]).astype(bool)
         self.gradient_bound = float(state["gradient_bound"])
         self._set_constraints()
+        inside = self.probabilities[self.eligible]
+        if inside.size and (abs(inside.sum() - self._budget) > 1e-9 or inside.min() < self._p_min - 1e-12):
+            self._project(np.log(inside))  # saved with another budget or p_min: this optimizer's hold
+            self.drawn_probabilities = self.probabilities.copy()
 
     def _set_constraints(self) -> None:
         num_frozen = int((~self.eligible).sum())

@@ -58,12 +58,14 @@ class Sampling:
             raise ValueError(f"p_min: {self.p_min} is not in (0, 1]")
         if not (self.bandit_lr >= 0.0 and np.isfinite(self.bandit_lr)):
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
-        if self.lag not in (0, 1):
+        if not isinstance(self.shift, bool):
+            raise TypeError(f"shift: expected True or False, got {self.shift!r}")
+        if isinstance(self.lag, bool) or self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag} is not 0 or 1")
         idle = [name for name, acts in self._acting().items() if not acts]
         if idle:
             raise ValueError(f"{idle[0]}: does not act with distribution={self.distribution!r}; leave it out")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: {self.seed!r} is not a whole number in [0, 2**64)")
 
     def _acting(self) -> dict[str, bool]:

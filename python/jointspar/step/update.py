@@ -18,7 +18,7 @@ class HyperParameters:
 
     def __init__(
         self, param_groups: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor], names: Sequence[str]
-    ):
+    ) -> None:
         self._groups = param_groups
         self.names = tuple(names)
         position_of = {id(parameter): position for position, parameter in enumerate(parameters)}
@@ -35,15 +35,7 @@ class HyperParameters:
 
     def check(self) -> None:
         """Raises ValueError for a setting that no update could use."""
-        for group in self._groups:
-            for name in self.names:
-                value = float(group[name])
-                if not (np.isfinite(value) and value >= 0.0):
-                    raise ValueError(f"{name}: {value} is not finite and at least 0")
-            if group["nesterov"] and group["momentum"] <= 0.0:
-                raise ValueError("nesterov: needs a momentum above 0")
-        if len({bool(group["nesterov"]) for group in self._groups}) > 1:
-            raise ValueError("nesterov: must be the same in all parameter groups")
+        check_hyperparameters(self._groups, self.names)
 
     @property
     def nesterov(self) -> bool:
@@ -63,6 +55,22 @@ class HyperParameters:
         """bool [len(positions)]: tensors of one dimension in groups that leave those out of LARS and decay."""
         left_out = np.array([not group.get("adapt_vectors", True) for group in self._groups], dtype=bool)
         return self._is_vector[positions] & left_out[self._group_of[positions]]
+
+
+def check_hyperparameters(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Raises ValueError for a setting that is missing, or that no update could use."""
+    for group in param_groups:
+        missing = [name for name in (*names, "nesterov") if name not in group]
+        if missing:
+            raise ValueError(f"{missing[0]}: a parameter group does not have it, so it is of another optimizer")
+        for name in names:
+            value = float(group[name])
+            if not (np.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name}: {value} is not finite and at least 0")
+        if group["nesterov"] and group["momentum"] <= 0.0:
+            raise ValueError("nesterov: needs a momentum above 0")
+    if len({bool(group["nesterov"]) for group in param_groups}) > 1:
+        raise ValueError("nesterov: must be the same in all parameter groups")
 
 
 class LarsUpdate:

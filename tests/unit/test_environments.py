@@ -1,0 +1,65 @@
+"""What works in environments other than the one the tests run in: fewer packages, older torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRAIN = """
+import torch, jointspar as js
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+optimizer = js.JointSparLARS(model.named_parameters(), lr=0.5, sampling=js.Sampling(budget=1))
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.randn(2, 1, 8, 8)).square().sum().backward()
+    optimizer.step()
+print(js.ops.backend().__name__, torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double().norm().item())
+"""
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+"""
+OLDER_TORCH = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+"""
+
+
+def run(script: str) -> str:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment.pop("JOINTSPAR_BACKEND", None)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_plain_install_trains_without_mpi_or_any_extra() -> None:
+    blocked = {"mpi4py", "matplotlib", "sklearn", "tqdm", "PIL"}
+    assert run(BLOCK.format(blocked=blocked) + TRAIN).startswith("jointspar.backends.native")
+
+
+def test_the_reference_serves_where_nothing_was_compiled() -> None:
+    native, reference = run(TRAIN).split(), run(BLOCK.format(blocked={"jointspar_ext"}) + TRAIN).split()
+    assert (native[0], reference[0]) == ("jointspar.backends.native", "jointspar.backends.reference")
+    assert float(native[1]) == pytest.approx(float(reference[1]), rel=1e-5)
+
+
+def test_torch_without_the_fast_exchange_of_arrays_gives_the_same() -> None:
+    assert run(OLDER_TORCH + TRAIN) == run(TRAIN)
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    script = "import jointspar as js\ntry:\n    js.ops.backend()\nexcept ValueError as error:\n    print(error)"
+    before = "import os\nos.environ['JOINTSPAR_BACKEND'] = 'fast'\n"
+    assert "JOINTSPAR_BACKEND" in run(before + script)
