@@ -66,7 +66,7 @@ test-cpp: $(VENV)/.stamp-project
 
 test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== Python tests"
-	@$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-project $(VENV)/.stamp-extra-dev $(VENV)/.stamp-extra-test
 	@ruff check .
