@@ -81,7 +81,7 @@ format: $(VENV)/.stamp-extra-dev
 	@clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
-	@$(VENV)/bin/python -m pytest $(wildcard bench/bench_*.py) $(PYTEST_ARGS)
+	@for file in $(wildcard bench/bench_*.py) bench/step/active_backward.py; do $(VENV)/bin/python $$file || exit 1; done
 
 clean:
 	@rm -rf build dist python/*.egg-info jointspar_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -16,7 +16,7 @@ from jointspar.step.active_backward import ActiveBackward
 from jointspar.step.exchange.choose import choose
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
-from jointspar.step.probabilities import LayerDistribution, observed_norms
+from jointspar.step.probabilities import LayerDistribution, observation_chance, observed_norms
 from jointspar.step.sampling import Sampling, draw_layers
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_packed, slice_norms
 from jointspar.telemetry import Stats
@@ -164,7 +164,10 @@ class Pipeline:
                 mean_grad=exchanged.squared_norms,
                 drawn_probabilities=self.distribution.drawn_probabilities,
             )
-            self.distribution.update(squared_norms, observed)
+            chance = observation_chance(
+                self.sampling.strategy, self.distribution.drawn_probabilities, self.comm.world_size
+            )
+            self.distribution.update(squared_norms, observed, chance)
 
     def finish_step(self, exchanged: Exchanged, lagged: np.ndarray) -> None:
         """Draw the layers of the next step and count this one. `lagged`: the probabilities before its update."""

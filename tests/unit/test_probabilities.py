@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jointspar.step.probabilities import LayerDistribution, observed_norms
+from jointspar import ops
+from jointspar.step.probabilities import LayerDistribution, observation_chance, observed_norms
 from jointspar.step.sampling import Sampling
 
 
@@ -60,6 +61,33 @@ def test_bandit_raises_layers_of_large_norm():
     assert distribution.probabilities[0] > distribution.probabilities[1:].max()
     assert distribution.probabilities.sum() == pytest.approx(3.0, abs=1e-9)
     assert distribution.gradient_bound == pytest.approx(3.0)
+
+
+def test_bandit_reaches_the_least_sampling_noise_with_a_stratified_draw():
+    num_layers, world_size = 60, 8
+    squared_norms = np.where(np.arange(num_layers) < 30, 100.0, 1.0)
+    rng = np.random.default_rng(0)
+    distribution = make(num_layers, budget=30, distribution="bandit", p_min=0.05)
+    for step in range(300):
+        drawn = distribution.draw_from(distribution.probabilities)
+        active = [
+            ops.sample_layers(drawn, seed=1, step=step, rank=rank, world_size=world_size, strategy="stratified")
+            for rank in range(world_size)
+        ]
+        counts = np.sum(active, axis=0)
+        noisy = squared_norms * np.exp(0.5 * rng.standard_normal((world_size, num_layers)))
+        mean = (noisy * active).sum(axis=0) / np.maximum(counts, 1)
+        chance = observation_chance("stratified", drawn, world_size)
+        distribution.update(mean, counts > 0, chance)
+    noise = (squared_norms / distribution.probabilities).sum()
+    best = (squared_norms / np.where(squared_norms > 1, 10 / 11, 1 / 11)).sum()  # p proportional to the norm, sum 30
+    assert noise <= 1.02 * best
+
+
+def test_a_layer_is_seen_by_somebody_with_the_chance_of_its_strategy():
+    p = np.array([0.1, 0.5, 1.0])
+    assert observation_chance("stratified", p, 4).tolist() == [0.4, 1.0, 1.0]
+    assert observation_chance("independent", p, 4).tolist() == observation_chance("shared", p, 4).tolist() == p.tolist()
 
 
 def test_all_zero_norms_change_nothing():

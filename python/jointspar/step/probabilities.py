@@ -34,18 +34,19 @@ class LayerDistribution:
         self.probabilities[eligible] = min(1.0, self._budget / max(1, int(eligible.sum())))
         self.drawn_probabilities = self.probabilities.copy()
 
-    def update(self, squared_norms: np.ndarray, observed: np.ndarray) -> None:
+    def update(self, squared_norms: np.ndarray, observed: np.ndarray, chance: np.ndarray | None = None) -> None:
         """Learn from the squared norms of the layers that were observed in this step.
 
         Args:
             squared_norms: float64 [num_layers], of unscaled gradients; read where observed.
             observed: bool [num_layers].
+            chance: float64 [num_layers], probability of being observed; default the drawn probabilities.
         """
         seen = observed & self.eligible
         if self._sampling.distribution == "norm":
             self._update_by_norm(squared_norms, seen)
         elif self._sampling.distribution == "bandit":
-            self._update_by_bandit(squared_norms, seen)
+            self._update_by_bandit(squared_norms, seen, self.drawn_probabilities if chance is None else chance)
 
     def set_eligible(self, eligible: np.ndarray) -> None:
         """Take layers out or in (frozen or thawed by the user); the others keep their proportions."""
@@ -98,10 +99,14 @@ class LayerDistribution:
         num_frozen = int((~self.eligible).sum())
         self._budget, self._p_min = self._sampling.constraints(self.eligible.size, num_frozen)
 
-    def _update_by_bandit(self, squared_norms: np.ndarray, seen: np.ndarray) -> None:
+    def _update_by_bandit(self, squared_norms: np.ndarray, seen: np.ndarray, chance: np.ndarray) -> None:
+        """Algorithm 1 weighs what it sees by 1/q, the chance of seeing it; where that is another, the norm makes up."""
         inside = self.eligible
         if not inside.any():
             return
+        squared_norms = squared_norms * np.divide(
+            self.drawn_probabilities, chance, out=np.ones(chance.size), where=seen
+        )
         self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
             self.probabilities[inside],
             squared_norms[inside],
@@ -132,6 +137,15 @@ class LayerDistribution:
         self.probabilities[self.eligible] = ops.project_probabilities(
             log_weights, budget=self._budget, p_min=self._p_min
         )
+
+
+def observation_chance(strategy: str, drawn_probabilities: np.ndarray, world_size: int) -> np.ndarray:
+    """Probability that `observed_norms` sees each layer, float64 [num_layers].
+
+    A stratified draw gives a layer floor or ceil of M p ranks, so somebody sees it with min(1, M p), not p. Without
+    this the bandit would prefer small p and settle short of the best distribution.
+    """
+    return np.minimum(1.0, world_size * drawn_probabilities) if strategy == "stratified" else drawn_probabilities
 
 
 def observed_norms(
