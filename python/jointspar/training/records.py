@@ -145,8 +145,11 @@ class Display:
 
 
 def readable_bytes(count: float) -> str:
-    """Such as "12 kB" or "3.4 MB"."""
-    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
+    """Such as "12 kB", "3.4 MB" or "1.35 GB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1e3:.3g} kB"
 
 
 def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
