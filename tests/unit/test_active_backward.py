@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from jointspar.errors import JointSparError
 from jointspar.step.active_backward import ActiveBackward
 
 
@@ -108,3 +109,18 @@ def test_another_owner_of_the_same_parameters_starts_from_the_user_s_flags():
     assert flags(parameters) == [False, True, False]
     del second
     assert flags(parameters) == [True] * 3
+
+
+def test_reentrant_checkpointing_is_refused_and_the_other_kind_works():
+    for use_reentrant in (False, True):
+        model, parameters = make()
+        backward = ActiveBackward(parameters)
+        backward.activate(np.array([True, False, True]))
+        hidden = model[0](torch.randn(5, 2))
+        loss = torch.utils.checkpoint.checkpoint(model[1:], hidden, use_reentrant=use_reentrant).sum()
+        if use_reentrant:
+            with pytest.raises(JointSparError, match="use_reentrant=False"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert [parameter.grad is not None for parameter in parameters] == [True, False, True]

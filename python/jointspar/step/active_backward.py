@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
+from types import FrameType
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
+
+from jointspar.errors import JointSparError
 
 _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the ActiveBackward that toggles it
 
@@ -18,7 +23,8 @@ class ActiveBackward:
     `trainable` (bool [num_parameters]) is what the user wants trained. A flag that differs from what was set here was
     changed by the user: `observe` honours it. A parameter of an inactive layer already has the flag off, so freezing
     it leaves no trace: that is what `set_trainable` is for. An owner that goes away, or is followed by another on the
-    same parameters, gives the flags back.
+    same parameters, gives the flags back. Reentrant checkpointing is refused at the first gradient that it makes: a
+    segment whose input needs no gradient gives its parameters none, active or not.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -35,6 +41,8 @@ class ActiveBackward:
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
         for parameter in parameters:
             _owners[parameter] = weakref.ref(self)
+            if parameter.requires_grad:
+                _refuse_reentrant_checkpointing(parameter)
         weakref.finalize(self, _give_back, parameters, self.trainable, self._as_set)
 
     @property
@@ -75,6 +83,23 @@ class ActiveBackward:
         """Give requires_grad back: as it was found, but for what the user changed since."""
         self.observe()
         _give_back(self._parameters, self.trainable, self._as_set)
+
+
+def _refuse_reentrant_checkpointing(parameter: torch.Tensor) -> None:
+    """Look, once, where the parameter's first gradient is made."""
+
+    def look(_: torch.Tensor) -> None:
+        handle.remove()
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code is CheckpointFunction.backward.__code__:
+                raise JointSparError(
+                    "torch.utils.checkpoint with use_reentrant=True loses gradients of active layers that stand behind "
+                    "inactive ones; pass use_reentrant=False"
+                )
+            frame = frame.f_back
+
+    handle = parameter.register_post_accumulate_grad_hook(look)
 
 
 def _give_back(parameters: Sequence[torch.Tensor], trainable: np.ndarray, as_set: np.ndarray) -> None:
