@@ -54,7 +54,6 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged: Exchanged | None = None
-        self._mean_grads_shown = False
         self._pipeline = Pipeline(
             layers,
             sampling,
@@ -113,7 +112,6 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         """
         if self._exchanged is None:
             raise JointSparError("mean_grads exist between synchronize() and step()")
-        self._mean_grads_shown = True
         return self._pipeline.packer.unpack_views(self._exchanged.layout, self._exchanged.mean_grad)
 
     # One iteration -----------------------------------------------------------------------------------------------
@@ -145,9 +143,9 @@ class _JointSparOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._exchanged is None:
             self._exchange_gradients(max_norm)
-        elif self._mean_grads_shown:
+        else:  # on every rank, whichever of them looked at mean_grads
             self._pipeline.agree_on_changes(self._exchanged, self._hyper)
-        exchanged, self._exchanged, self._mean_grads_shown = self._exchanged, None, False
+        exchanged, self._exchanged = self._exchanged, None
         assert exchanged is not None
         lagged = self._pipeline.distribution.probabilities.copy()
         self._pipeline.apply(exchanged, self._update, self._hyper)

@@ -191,6 +191,20 @@ def a_short_wire_trains_to_the_same_weights_on_all_ranks():
         assert 0 < optimizer.stats.total_sent_bytes < optimizer.stats.steps * (2 * weights(model).numel() + 2000)
 
 
+def one_rank_alone_may_look_at_mean_grads():
+    comm = js.comm.world()
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, batch_of(step, comm.rank))
+        optimizer.synchronize()
+        if comm.rank == 0:
+            assert optimizer.mean_grads
+        optimizer.step()
+    assert_same_on_all_ranks(comm, weights(model))
+
+
 def buffers_are_averaged():
     comm = js.comm.world()
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -250,6 +264,7 @@ def everything_that_must_hold():
     a_nan_on_one_rank_is_skipped_on_all()
     found_inf_on_one_rank_is_skipped_on_all_and_scales_may_differ()
     a_short_wire_trains_to_the_same_weights_on_all_ranks()
+    one_rank_alone_may_look_at_mean_grads()
     buffers_are_averaged()
     checkpoints_resume_bit_for_bit()
 
