@@ -54,7 +54,14 @@ def lars_update(
     nesterov: bool,
     param_norms: NDArray[np.float64],
     grad_norms: NDArray[np.float64],
+    skip_nonfinite: bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
 def sgd_update(
-    params: Sequence[Any], momenta: Sequence[Any], grads: Any, *, hyper: NDArray[np.float64], nesterov: bool
+    params: Sequence[Any],
+    momenta: Sequence[Any],
+    grads: Any,
+    *,
+    hyper: NDArray[np.float64],
+    nesterov: bool,
+    skip_nonfinite: bool = False,
 ) -> NDArray[np.float64]: ...

@@ -42,8 +42,9 @@ PYBIND11_MODULE(_core, m) {
     m.def("squared_norms", &jointspar::squared_norms, "grads"_a, "sizes"_a.none(true) = py::none(),
           "Sums of squares of each array of a list, or of each slice of a packed array: float64 [num_grads].");
     m.def("lars_update", &jointspar::lars_update, "params"_a, "momenta"_a, "grads"_a, py::kw_only(), "hyper"_a,
-          "adapt"_a, "nesterov"_a, "param_norms"_a, "grad_norms"_a,
+          "adapt"_a, "nesterov"_a, "param_norms"_a, "grad_norms"_a, "skip_nonfinite"_a = false,
           "Updates params and momenta; (grad_norms, param_norms_after), float64 [num_params] each.");
     m.def("sgd_update", &jointspar::sgd_update, "params"_a, "momenta"_a, "grads"_a, py::kw_only(), "hyper"_a,
-          "nesterov"_a, "Updates params and momenta; the gradients' norms: float64 [num_params].");
+          "nesterov"_a, "skip_nonfinite"_a = false,
+          "Updates params and momenta; the gradients' norms: float64 [num_params].");
 }

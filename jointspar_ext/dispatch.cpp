@@ -265,7 +265,7 @@ Vector<double> squared_norms(py::handle grads, const std::optional<Vector<std::i
 
 py::tuple lars_update(py::handle params, py::handle momenta, py::handle grads, const Vector<double>& hyper,
                       const Vector<bool>& adapt, bool nesterov, const Vector<double>& param_norms,
-                      const Vector<double>& grad_norms) {
+                      const Vector<double>& grad_norms, bool skip_nonfinite) {
     ArrayReader reader;
     const std::vector<UpdateTensor> updates = read_update(reader, params, momenta, grads, hyper, 5);
     const std::int64_t count = as_int64(updates.size());
@@ -276,22 +276,24 @@ py::tuple lars_update(py::handle params, py::handle momenta, py::handle grads, c
     tensors.reserve(updates.size());
     for (std::int64_t k = 0; k < count; ++k) {
         const double* factors = hyper.data(k, 0);
-        tensors.push_back({updates[static_cast<std::size_t>(k)], factors[3], factors[4], param_norms.data()[k],
-                           grad_norms.data()[k], adapt.data()[k]});
+        tensors.push_back({updates[static_cast<std::size_t>(k)], factors[3], factors[4], adapt.data()[k]});
     }
     Vector<double> used_grad_norms(count);
     Vector<double> norms_after(count);
     double* const used_data = used_grad_norms.mutable_data();
     double* const after_data = norms_after.mutable_data();
+    const double* const known_param_norms = param_norms.data();
+    const double* const known_grad_norms = grad_norms.data();
     {
         const py::gil_scoped_release release;
-        lars_update_cpu(tensors.data(), count, nesterov, used_data, after_data);
+        lars_update_cpu(tensors.data(), count, {nesterov, skip_nonfinite}, known_param_norms, known_grad_norms,
+                        used_data, after_data);
     }
     return py::make_tuple(used_grad_norms, norms_after);
 }
 
 Vector<double> sgd_update(py::handle params, py::handle momenta, py::handle grads, const Vector<double>& hyper,
-                          bool nesterov) {
+                          bool nesterov, bool skip_nonfinite) {
     ArrayReader reader;
     const std::vector<UpdateTensor> tensors = read_update(reader, params, momenta, grads, hyper, 3);
     const std::int64_t count = as_int64(tensors.size());
@@ -299,7 +301,7 @@ Vector<double> sgd_update(py::handle params, py::handle momenta, py::handle grad
     double* const norms_data = grad_norms.mutable_data();
     {
         const py::gil_scoped_release release;
-        sgd_update_cpu(tensors.data(), count, nesterov, norms_data);
+        sgd_update_cpu(tensors.data(), count, nesterov, skip_nonfinite, norms_data);
     }
     return grad_norms;
 }

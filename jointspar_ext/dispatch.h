@@ -29,8 +29,8 @@ void add_packed(pybind11::handle out, pybind11::handle packed);
 Vector<double> squared_norms(pybind11::handle grads, const std::optional<Vector<std::int64_t>>& sizes);
 pybind11::tuple lars_update(pybind11::handle params, pybind11::handle momenta, pybind11::handle grads,
                             const Vector<double>& hyper, const Vector<bool>& adapt, bool nesterov,
-                            const Vector<double>& param_norms, const Vector<double>& grad_norms);
+                            const Vector<double>& param_norms, const Vector<double>& grad_norms, bool skip_nonfinite);
 Vector<double> sgd_update(pybind11::handle params, pybind11::handle momenta, pybind11::handle grads,
-                          const Vector<double>& hyper, bool nesterov);
+                          const Vector<double>& hyper, bool nesterov, bool skip_nonfinite);
 
 }  // namespace jointspar

@@ -1,5 +1,6 @@
 #include "jointspar/lars_update.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -11,20 +12,29 @@
 namespace jointspar {
 namespace {
 
-bool measures_param(const LarsTensor& tensor) { return std::isnan(tensor.param_norm); }
-bool measures_grad(const LarsTensor& tensor) { return std::isnan(tensor.grad_norm); }
+// Norms that the caller knows; NaN, or no array: to be measured.
+class KnownNorms {
+  public:
+    explicit KnownNorms(const double* norms) : norms_(norms) {}
+    bool has(int64_t tensor) const { return norms_ != nullptr && !std::isnan(norms_[tensor]); }
+    double operator[](int64_t tensor) const { return norms_[tensor]; }
+
+  private:
+    const double* norms_;
+};
 
 // Ends of groups of consecutive tensors. What a thread measured in a group is still in its second-level cache when the
 // update reads it again, at the price of two barriers per group. Nothing to measure: one group.
-std::vector<int64_t> group_ends(const LarsTensor* tensors, int64_t num_tensors) {
+std::vector<int64_t> group_ends(const LarsTensor* tensors, int64_t num_tensors, KnownNorms param_norms,
+                                KnownNorms grad_norms) {
     constexpr int64_t kBytesPerThread = int64_t{512} << 10;
     const int64_t group_bytes = kBytesPerThread * omp_get_max_threads();
     std::vector<int64_t> ends;
     int64_t measured_bytes = 0;
     for (int64_t k = 0; k < num_tensors; ++k) {
         const UpdateTensor& update = tensors[k].update;
-        if (measures_param(tensors[k])) measured_bytes += update.size * element_bytes(update.param_dtype);
-        if (measures_grad(tensors[k])) measured_bytes += update.size * element_bytes(update.grad_dtype);
+        if (!param_norms.has(k)) measured_bytes += update.size * element_bytes(update.param_dtype);
+        if (!grad_norms.has(k)) measured_bytes += update.size * element_bytes(update.grad_dtype);
         if (measured_bytes < group_bytes && k + 1 < num_tensors) continue;
         ends.push_back(k + 1);
         measured_bytes = 0;
@@ -34,17 +44,23 @@ std::vector<int64_t> group_ends(const LarsTensor* tensors, int64_t num_tensors) 
 
 class LarsUpdate {
   public:
-    LarsUpdate(const LarsTensor* tensors, int64_t num_tensors, bool nesterov, double* grad_norms)
+    LarsUpdate(const LarsTensor* tensors, int64_t num_tensors, const LarsOptions& options, const double* param_norms,
+               const double* grad_norms)
         : tensors_(tensors),
-          nesterov_(nesterov),
-          grad_norms_(grad_norms),
+          options_(options),
+          known_param_norms_(param_norms),
+          known_grad_norms_(grad_norms),
           table_(tensors, num_tensors, [](const LarsTensor& tensor) { return tensor.update.size; }),
-          group_ends_(group_ends(tensors, num_tensors)),
+          group_ends_(options.skip_nonfinite  // every norm is known before anything is written
+                          ? std::vector<int64_t>{num_tensors}
+                          : group_ends(tensors, num_tensors, known_param_norms_, known_grad_norms_)),
           param_sums_(static_cast<std::size_t>(table_.num_chunks())),
           grad_sums_(param_sums_.size()),
-          local_rates_(static_cast<std::size_t>(num_tensors)) {}
+          param_norms_(static_cast<std::size_t>(num_tensors)),
+          grad_norms_(param_norms_.size()),
+          local_rates_(param_norms_.size()) {}
 
-    void run(double* param_norms_after) {
+    void run() {
 #pragma omp parallel if (table_.num_elements() >= kParallelElements)
         {
             int64_t begin = 0;
@@ -53,25 +69,28 @@ class LarsUpdate {
 #pragma omp barrier
 #pragma omp single
                 set_local_rates(begin, end);
-                update(begin, end);
+                if (!is_skipped_) update(begin, end);
                 begin = end;
             }
         }
+        if (is_skipped_) return;
         for (int64_t k = 0; k < table_.num_slices(); ++k) {
-            param_norms_after[k] = std::sqrt(table_.sum_of(k, param_sums_.data()));
+            param_norms_[static_cast<std::size_t>(k)] = std::sqrt(table_.sum_of(k, param_sums_.data()));
         }
     }
+
+    const std::vector<double>& grad_norms() const { return grad_norms_; }
+    const std::vector<double>& param_norms() const { return param_norms_; }
 
   private:
     void measure(int64_t begin, int64_t end) {
         for_each_own_chunk(table_, begin, end, [this](int64_t index, const Chunk& chunk) {
-            const LarsTensor& tensor = tensors_[chunk.slice];
-            const UpdateTensor& update = tensor.update;
+            const UpdateTensor& update = tensors_[chunk.slice].update;
             const auto at = static_cast<std::size_t>(index);
-            if (measures_param(tensor)) {
+            if (!known_param_norms_.has(chunk.slice)) {
                 param_sums_[at] = norm_chunk(update.param, update.param_dtype, chunk.begin, chunk.size);
             }
-            if (measures_grad(tensor) && update.grad != nullptr) {
+            if (!known_grad_norms_.has(chunk.slice) && update.grad != nullptr) {
                 grad_sums_[at] = norm_chunk(update.grad, update.grad_dtype, chunk.begin, chunk.size);
             }
         });
@@ -80,13 +99,15 @@ class LarsUpdate {
     void set_local_rates(int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
             const LarsTensor& tensor = tensors_[k];
-            const double param_norm =
-                measures_param(tensor) ? std::sqrt(table_.sum_of(k, param_sums_.data())) : tensor.param_norm;
-            grad_norms_[k] = measures_grad(tensor) ? std::sqrt(table_.sum_of(k, grad_sums_.data())) : tensor.grad_norm;
-            local_rates_[static_cast<std::size_t>(k)] =
-                tensor.adapt ? lars_local_rate(tensor.trust_coefficient, tensor.update.weight_decay, tensor.eps,
-                                               param_norm, grad_norms_[k])
-                             : 1.0;
+            const auto at = static_cast<std::size_t>(k);
+            param_norms_[at] =
+                known_param_norms_.has(k) ? known_param_norms_[k] : std::sqrt(table_.sum_of(k, param_sums_.data()));
+            grad_norms_[at] =
+                known_grad_norms_.has(k) ? known_grad_norms_[k] : std::sqrt(table_.sum_of(k, grad_sums_.data()));
+            is_skipped_ = is_skipped_ || (options_.skip_nonfinite && !std::isfinite(grad_norms_[at]));
+            local_rates_[at] = tensor.adapt ? lars_local_rate(tensor.trust_coefficient, tensor.update.weight_decay,
+                                                              tensor.eps, param_norms_[at], grad_norms_[at])
+                                            : 1.0;
         }
     }
 
@@ -94,25 +115,34 @@ class LarsUpdate {
         for_each_own_chunk(table_, begin, end, [this](int64_t index, const Chunk& chunk) {
             const double local_rate = local_rates_[static_cast<std::size_t>(chunk.slice)];
             param_sums_[static_cast<std::size_t>(index)] =
-                update_chunk(tensors_[chunk.slice].update, chunk.begin, chunk.size, local_rate, nesterov_).params;
+                update_chunk(tensors_[chunk.slice].update, chunk.begin, chunk.size, local_rate, options_.nesterov)
+                    .params;
         });
     }
 
     const LarsTensor* tensors_;
-    bool nesterov_;
-    double* grad_norms_;
+    LarsOptions options_;
+    KnownNorms known_param_norms_;
+    KnownNorms known_grad_norms_;
     LayerTable table_;
     std::vector<int64_t> group_ends_;
-    std::vector<double> param_sums_;  // per chunk: of the measured parameters, then of the updated ones
-    std::vector<double> grad_sums_;   // stays 0 for missing gradients
+    std::vector<double> param_sums_;   // per chunk: of the measured parameters, then of the updated ones
+    std::vector<double> grad_sums_;    // stays 0 for missing gradients
+    std::vector<double> param_norms_;  // before the update, then after it
+    std::vector<double> grad_norms_;
     std::vector<double> local_rates_;
+    bool is_skipped_ = false;
 };
 
 }  // namespace
 
-void lars_update_cpu(const LarsTensor* tensors, std::int64_t num_tensors, bool nesterov, double* grad_norms,
+void lars_update_cpu(const LarsTensor* tensors, int64_t num_tensors, const LarsOptions& options,
+                     const double* param_norms, const double* grad_norms, double* used_grad_norms,
                      double* param_norms_after) {
-    LarsUpdate(tensors, num_tensors, nesterov, grad_norms).run(param_norms_after);
+    LarsUpdate update(tensors, num_tensors, options, param_norms, grad_norms);
+    update.run();
+    std::copy(update.grad_norms().begin(), update.grad_norms().end(), used_grad_norms);
+    std::copy(update.param_norms().begin(), update.param_norms().end(), param_norms_after);
 }
 
 }  // namespace jointspar

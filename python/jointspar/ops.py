@@ -280,6 +280,7 @@ def lars_update(
     adapt: Sequence[bool] | Array | None = None,
     param_norms: Array | None = None,
     grad_norms: Array | None = None,
+    skip_nonfinite: bool = False,
     layout: Sequence[int] | Array | None = None,
 ) -> LarsNorms:
     """LARS with momentum, in place on `params` and `momenta`, in one read-modify-write pass.
@@ -296,6 +297,8 @@ def lars_update(
         adapt: bool [num_tensors]; default: tensors of two dimensions or more.
         param_norms: float64 [num_tensors], ||w|| as the last call returned it; NaN or None: measured here.
         grad_norms: float64 [num_tensors], ||g|| where already known; NaN or None: measured here.
+        skip_nonfinite: where any gradient holds a NaN or infinity, params and momenta stay as they are, and
+            param_norms_after are the norms before.
         layout: sizes of the packed slices; default the sizes of `params`, which it must equal.
 
     Source: You, Gitman & Ginsburg 2017, with torch.optim's convention (lr outside the velocity).
@@ -318,6 +321,7 @@ def lars_update(
         nesterov=flag("nesterov", nesterov),
         param_norms=_known_norms("param_norms", param_norms, num_tensors),
         grad_norms=_known_norms("grad_norms", grad_norms, num_tensors),
+        skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
     )
     increment_versions(params)
     like_array = params[0] if params else None
@@ -333,6 +337,7 @@ def sgd_update(
     momentum: PerTensor,
     weight_decay: PerTensor,
     nesterov: bool = False,
+    skip_nonfinite: bool = False,
     layout: Sequence[int] | Array | None = None,
 ) -> Array:
     """SGD with momentum as `torch.optim.SGD` (dampening 0), in place on `params` and `momenta`.
@@ -345,7 +350,12 @@ def sgd_update(
     for column, (name, value) in enumerate((("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))):
         hyper[:, column] = per_tensor(name, value, len(params))
     norms = backend().sgd_update(
-        params, momenta, _update_grads(params, momenta, grads, layout), hyper=hyper, nesterov=flag("nesterov", nesterov)
+        params,
+        momenta,
+        _update_grads(params, momenta, grads, layout),
+        hyper=hyper,
+        nesterov=flag("nesterov", nesterov),
+        skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
     )
     increment_versions(params)
     return like(params[0] if params else None, norms)

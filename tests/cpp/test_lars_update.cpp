@@ -1,15 +1,11 @@
 #include <omp.h>
 
-#include <limits>
-
 #include "check.h"
 #include "common/layer_table.h"
 #include "jointspar/lars_update.h"
 
 namespace jointspar {
 namespace {
-
-constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
 
 LarsTensor lars_tensor(std::vector<float>& param, std::vector<float>& momentum_buffer, const std::vector<float>& grad) {
     const UpdateTensor update{param.data(),
@@ -21,7 +17,7 @@ LarsTensor lars_tensor(std::vector<float>& param, std::vector<float>& momentum_b
                               0.5,
                               0.5,
                               0.25};
-    return {update, 0.1, 0.0, kUnknown, kUnknown, true};
+    return {update, 0.1, 0.0, true};
 }
 
 TEST(lars_step_by_hand) {
@@ -31,7 +27,7 @@ TEST(lars_step_by_hand) {
     const LarsTensor tensor = lars_tensor(param, momentum_buffer, grad);
     double grad_norm = 0.0;
     double norm_after = 0.0;
-    lars_update_cpu(&tensor, 1, false, &grad_norm, &norm_after);
+    lars_update_cpu(&tensor, 1, {}, nullptr, nullptr, &grad_norm, &norm_after);
     // local = 0.1 * 5 / (1.25 + 0.25 * 5) = 0.2;  d = 0.2 * (0.75, 2.25) = (0.15, 0.45);  u = (0.65, 0.45)
     CHECK_CLOSE(grad_norm, 1.25, 1e-12);
     CHECK_CLOSE(static_cast<double>(momentum_buffer[0]), 0.65, 1e-6);
@@ -48,7 +44,7 @@ TEST(zero_norms_are_not_adapted) {
     const LarsTensor tensor = lars_tensor(param, momentum_buffer, grad);
     double grad_norm = 0.0;
     double norm_after = 0.0;
-    lars_update_cpu(&tensor, 1, false, &grad_norm, &norm_after);
+    lars_update_cpu(&tensor, 1, {}, nullptr, nullptr, &grad_norm, &norm_after);
     CHECK((param == std::vector<float>{-0.5f, -1.0f}));
 }
 
@@ -77,8 +73,8 @@ Run run_lars(int num_threads) {
     run.grad_norms.resize(sizes.size());
     run.norms_after.resize(sizes.size());
     omp_set_num_threads(num_threads);
-    lars_update_cpu(tensors.data(), static_cast<int64_t>(tensors.size()), true, run.grad_norms.data(),
-                    run.norms_after.data());
+    lars_update_cpu(tensors.data(), static_cast<int64_t>(tensors.size()), {true, false}, nullptr, nullptr,
+                    run.grad_norms.data(), run.norms_after.data());
     return run;
 }
 
@@ -104,7 +100,7 @@ TEST(sgd_is_lars_that_does_not_adapt) {
     tensor.adapt = false;
     double grad_norm = 0.0;
     double norm_after = 0.0;
-    lars_update_cpu(&tensor, 1, false, &grad_norm, &norm_after);
+    lars_update_cpu(&tensor, 1, {}, nullptr, nullptr, &grad_norm, &norm_after);
     const UpdateTensor sgd = lars_tensor(other_param, other_momentum, grad).update;
     double sgd_grad_norm = 0.0;
     sgd_update_cpu(&sgd, 1, false, &sgd_grad_norm);

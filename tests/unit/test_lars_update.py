@@ -268,6 +268,35 @@ def test_a_non_finite_gradient_shows_in_its_own_norm_only(library: Arrays, value
     assert np.isfinite(library.float64(params[0])).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_skip_nonfinite_leaves_everything_as_it_was(library: Arrays, value: float, is_packed: bool) -> None:
+    params, momenta, grads = ([library.array(np.full(n, 2.0)) for n in (20000, 0, 9)] for _ in range(3))
+    grads[2][7] = value
+    before = [bits(array) for array in (*params, *momenta)]
+    packed = library.array(np.concatenate([library.float64(grad) for grad in grads]))
+    norms = ops.lars_update(
+        params,
+        momenta,
+        packed if is_packed else grads,
+        **LARS,
+        adapt=[True] * 3,
+        skip_nonfinite=True,
+    )
+    assert [bits(array) for array in (*params, *momenta)] == before
+    assert [math.isfinite(norm) for norm in norms.grad_norms] == [True, True, False]
+    np.testing.assert_allclose(norms.param_norms_after, [2.0 * math.sqrt(20000), 0.0, 6.0], rtol=1e-6)
+
+
+def test_skip_nonfinite_changes_nothing_where_all_is_finite(library: Arrays, rng: np.random.Generator) -> None:
+    results = []
+    for skip in (False, True):
+        params, momenta, grads = random_state(library, np.random.default_rng(3), "float32")
+        norms = ops.lars_update(params, momenta, grads, **LARS, adapt=all_adapted(), skip_nonfinite=skip)
+        results.append([bits(array) for array in (*params, *momenta, *norms)])
+    assert results[0] == results[1]
+
+
 def test_channels_last_params_update_like_contiguous_ones(rng: np.random.Generator) -> None:
     w, u, grad = (torch.tensor(rng.standard_normal((4, 3, 5, 5)), dtype=torch.float64) for _ in range(3))
     permuted = [tensor.clone(memory_format=torch.channels_last) for tensor in (w, u, grad)]

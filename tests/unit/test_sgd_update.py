@@ -174,3 +174,16 @@ def test_same_bits_for_1_and_2_threads(library: Arrays) -> None:
         return [ops.sgd_update(params, momenta, grads, **SGD), *params, *momenta]
 
     assert same_bits_on_1_and_2_threads(run)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_skip_nonfinite_writes_nothing_where_a_gradient_is_not_finite(library: Arrays, value: float) -> None:
+    results = []
+    for poisoned in (1.0, value):
+        params, momenta, grads = ([library.array(np.full(n, 2.0)) for n in (20000, 9)] for _ in range(3))
+        grads[1][7] = poisoned
+        before = [bits(array) for array in (*params, *momenta)]
+        norms = ops.sgd_update(params, momenta, [*grads], **SGD, skip_nonfinite=True)
+        results.append([bits(array) for array in (*params, *momenta)] == before)
+    assert results == [False, True]
+    assert [math.isfinite(norm) for norm in norms] == [True, False]

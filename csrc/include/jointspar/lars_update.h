@@ -3,8 +3,6 @@
 //   d = local * (g + weight_decay * w);  u = momentum * u + d;  w -= lr * u    (nesterov: w -= lr * (d + momentum * u))
 #pragma once
 
-#include <cstdint>
-
 #include "jointspar/sgd_update.h"
 #include "jointspar/types.h"
 
@@ -14,16 +12,29 @@ struct LarsTensor {
     UpdateTensor update;
     double trust_coefficient;
     double eps;
-    double param_norm;  // ||w|| before the update; NaN: measure it (one more read pass over w)
-    double grad_norm;   // ||g||; NaN: measure it (one more read pass over g)
     bool adapt;
 };
 
+struct LarsOptions {
+    bool nesterov;
+    bool skip_nonfinite;  // where any ||g|| is not finite, params and momenta are not written
+};
+
 // tensors            [num_tensors]  param and momentum_buffer are updated in place
-// grad_norms         [num_tensors]  float64, written: the ||g|| that was used
-// param_norms_after  [num_tensors]  float64, written: ||w|| after the update, accumulated while w is written
-// Norms are the same bits for every number of threads.
-void lars_update_cpu(const LarsTensor* tensors, std::int64_t num_tensors, bool nesterov, double* grad_norms,
+// param_norms        [num_tensors]  ||w|| before the update; NaN, or a null array: measured (one more read pass over w)
+// grad_norms         [num_tensors]  ||g||; NaN, or a null array: measured (one more read pass over g)
+// used_grad_norms    [num_tensors]  written: the ||g|| that was used
+// param_norms_after  [num_tensors]  written: ||w|| after the update, accumulated while w is written; where the update
+//                                   was skipped, ||w|| before it
+// The written arrays may be the read ones. Norms are the same bits for every number of threads.
+void lars_update_cpu(const LarsTensor* tensors, int64_t num_tensors, const LarsOptions& options,
+                     const double* param_norms, const double* grad_norms, double* used_grad_norms,
                      double* param_norms_after);
+
+// The same on a CUDA device. tensors is host memory, read before the call returns; all that it points to, and the four
+// arrays of norms, is device memory.
+void lars_update_cuda(const LarsTensor* tensors, int64_t num_tensors, const LarsOptions& options,
+                      const double* param_norms, const double* grad_norms, double* used_grad_norms,
+                      double* param_norms_after, const DeviceQueue& queue);
 
 }  // namespace jointspar

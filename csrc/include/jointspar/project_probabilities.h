@@ -1,7 +1,7 @@
 // argmin KL(q || w) over { p_min <= q_d <= 1, sum q = budget }:  q_d = clip(c * w_d, p_min, 1), solved exactly (KKT).
 #pragma once
 
-#include <cstdint>
+#include "jointspar/types.h"
 
 namespace jointspar {
 
@@ -9,7 +9,12 @@ namespace jointspar {
 // Feasible: 0 < p_min <= budget / num_layers <= 1, tolerance 1e-9 * max(1, budget); else std::invalid_argument.
 // |sum - budget| <= 1e-12 * max(1, budget), bounds exact. budget >= num_layers gives exact ones,
 // budget <= p_min * num_layers exact p_min. O(num_layers log num_layers).
-void project_probabilities_cpu(const double* log_weights, std::int64_t num_layers, double budget, double p_min,
+void project_probabilities_cpu(const double* log_weights, int64_t num_layers, double budget, double p_min,
                                double* probabilities);
+
+// The same on a CUDA device; log_weights and probabilities are device memory. Where a log weight is not finite, which
+// cannot be thrown without waiting, all probabilities are NaN.
+void project_probabilities_cuda(const double* log_weights, int64_t num_layers, double budget, double p_min,
+                                double* probabilities, const DeviceQueue& queue);
 
 }  // namespace jointspar

@@ -1,14 +1,14 @@
 // Types that every op shares. Part of the contract between kernels and bindings: no Python, torch or MPI.
 #pragma once
 
-#include <cstdint>
+#include "common/portable.h"
 
 namespace jointspar {
 
-enum class DType : std::int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Bytes of one element.
-constexpr std::int64_t element_bytes(DType dtype) {
+JOINTSPAR_HOST_DEVICE constexpr int64_t element_bytes(DType dtype) {
     return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
@@ -17,22 +17,29 @@ constexpr std::int64_t element_bytes(DType dtype) {
 struct PackSlice {
     const void* source;
     DType source_dtype;
-    std::int64_t offset;
-    std::int64_t size;
+    int64_t offset;
+    int64_t size;
     double scale;
 };
 
 struct UnpackSlice {
     void* target;
     DType target_dtype;
-    std::int64_t offset;
-    std::int64_t size;
+    int64_t offset;
+    int64_t size;
 };
 
 struct NormSlice {
     const void* source;
     DType source_dtype;
-    std::int64_t size;
+    int64_t size;
+};
+
+// Where a CUDA operation runs: all of its work is put on `stream` (a cudaStream_t) of device `device`, and the call
+// returns without waiting for it. Throws CudaError (std::runtime_error) where a launch is refused.
+struct DeviceQueue {
+    int32_t device;
+    void* stream;
 };
 
 }  // namespace jointspar

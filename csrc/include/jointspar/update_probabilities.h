@@ -2,7 +2,7 @@
 // projection.
 #pragma once
 
-#include <cstdint>
+#include "jointspar/types.h"
 
 namespace jointspar {
 
@@ -22,7 +22,14 @@ struct BanditParams {
 // L^2 <- max(0.99 L^2, max over active of n2) first. L = 0 or nothing active: probabilities are copied unchanged.
 // Non-finite squared norms of active layers: std::invalid_argument, nothing written.
 double update_probabilities_cpu(const double* probabilities, const double* drawn_probabilities,
-                                const double* squared_norms, const std::uint8_t* active, std::int64_t num_layers,
+                                const double* squared_norms, const uint8_t* active, int64_t num_layers,
                                 double gradient_bound, const BanditParams& params, double* updated_probabilities);
+
+// The same on a CUDA device; all arrays are device memory, gradient_bound [1] too, which is updated in place. Where a
+// squared norm of an active layer is not finite, probabilities and bound stay as they are.
+void update_probabilities_cuda(const double* probabilities, const double* drawn_probabilities,
+                               const double* squared_norms, const uint8_t* active, int64_t num_layers,
+                               double* gradient_bound, const BanditParams& params, double* updated_probabilities,
+                               const DeviceQueue& queue);
 
 }  // namespace jointspar

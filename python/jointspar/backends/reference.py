@@ -114,6 +114,7 @@ def lars_update(
     nesterov: bool,
     param_norms: np.ndarray,
     grad_norms: np.ndarray,
+    skip_nonfinite: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """LARS with momentum, in place on `params` and `momenta`.
 
@@ -124,22 +125,26 @@ def lars_update(
         hyper: float64 [num_tensors, 5]: lr, momentum, weight_decay, trust_coefficient, eps.
         adapt: bool [num_tensors].
         param_norms, grad_norms: float64 [num_tensors], known norms; NaN: measured here.
+        skip_nonfinite: where any ||g|| is not finite, nothing is written.
 
     Returns: float64 [num_tensors] each: ||g|| that was used, ||w|| after the update as stored.
     Source: You, Gitman & Ginsburg 2017, with the learning rate outside the velocity as in torch.optim.
     """
     tensors = _update_tensors(params, momenta, grads)
     check_lengths(len(tensors), hyper=hyper, adapt=adapt, param_norms=param_norms, grad_norms=grad_norms)
-    used_norms, norms_after = np.empty(len(tensors)), np.empty(len(tensors))
+    norms_before = _fill_in(param_norms, [param for param, _, _ in tensors])
+    used_norms = _fill_in(grad_norms, [grad for _, _, grad in tensors])
+    if skip_nonfinite and not np.isfinite(used_norms).all():
+        return used_norms, norms_before
+    norms_after = np.empty(len(tensors))
     for k, (param, velocity, grad) in enumerate(tensors):
         lr, momentum, weight_decay, trust_coefficient, eps = hyper[k].tolist()
-        param_norm = _norm(param) if np.isnan(param_norms[k]) else float(param_norms[k])
-        grad_norm = _norm(grad) if np.isnan(grad_norms[k]) else float(grad_norms[k])
+        param_norm, grad_norm = float(norms_before[k]), float(used_norms[k])
         local = 1.0
         if adapt[k] and param_norm != 0.0 and grad_norm != 0.0:
             local = trust_coefficient * param_norm / (grad_norm + weight_decay * param_norm + eps)
         _momentum_step(param, velocity, grad, lr, momentum, weight_decay, local, nesterov)
-        used_norms[k], norms_after[k] = grad_norm, _norm(param)
+        norms_after[k] = _norm(param)
     return used_norms, norms_after
 
 
@@ -150,17 +155,20 @@ def sgd_update(
     *,
     hyper: np.ndarray,
     nesterov: bool,
+    skip_nonfinite: bool = False,
 ) -> np.ndarray:
     """SGD with momentum as torch.optim.SGD (dampening 0), in place on `params` and `momenta`.
 
-    hyper: float64 [num_tensors, 3]: lr, momentum, weight_decay. Returns float64 [num_tensors]: ||g||.
+    hyper: float64 [num_tensors, 3]: lr, momentum, weight_decay. skip_nonfinite as in `lars_update`.
+    Returns float64 [num_tensors]: ||g||.
     """
     tensors = _update_tensors(params, momenta, grads)
     check_lengths(len(tensors), hyper=hyper)
-    grad_norms = np.empty(len(tensors))
+    grad_norms = np.array([_norm(grad) for _, _, grad in tensors])
+    if skip_nonfinite and not np.isfinite(grad_norms).all():
+        return grad_norms
     for k, (param, velocity, grad) in enumerate(tensors):
         lr, momentum, weight_decay = hyper[k].tolist()
-        grad_norms[k] = _norm(grad)
         _momentum_step(param, velocity, grad, lr, momentum, weight_decay, 1.0, nesterov)
     return grad_norms
 
@@ -220,6 +228,12 @@ def _momentum_step(
     u = momentum * velocity.to(torch.float64) + d
     _store(velocity, u)
     _store(param, w - lr * (d + momentum * u if nesterov else u))
+
+
+def _fill_in(known: np.ndarray, arrays: Sequence[torch.Tensor]) -> np.ndarray:
+    """Known norms, with the NaN ones measured."""
+    norms = [_norm(array) if np.isnan(norm) else norm for norm, array in zip(known.tolist(), arrays, strict=True)]
+    return np.array(norms, dtype=np.float64)
 
 
 def _add(target: torch.Tensor, values: torch.Tensor) -> None:
