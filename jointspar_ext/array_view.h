@@ -1,4 +1,4 @@
-// Reads torch tensors, NumPy arrays and other arrays without copying. Every check that stands between Python and a
+// Reads torch tensors, NumPy and CuPy arrays and others without copying. Every check that stands between Python and a
 // pointer that a kernel uses is made here.
 #pragma once
 
@@ -15,6 +15,7 @@
 namespace jointspar {
 
 enum class Access { kRead, kWrite };
+enum class Kind { kFloat, kFlag };  // floating point of a supported DType; bool
 
 // Which argument an array came from, for messages: "params[3]" or "packed".
 struct ArgName {
@@ -24,11 +25,14 @@ struct ArgName {
     std::string str() const;
 };
 
-// A dense array on the CPU. `data` is null for None and for empty arrays; shape and strides belong to the array.
+constexpr std::int32_t kHost = -1;  // what stands for the CPU among CUDA device numbers
+
+// A dense array in one memory. `data` is null for None and for empty arrays; shape and strides belong to the array.
 struct ArrayView {
     void* data = nullptr;
     std::int64_t size = 0;
-    DType dtype = DType::kFloat32;
+    DType dtype = DType::kFloat32;  // of a float array
+    std::int64_t item_bytes = 0;
     bool is_none = false;
     std::int32_t ndim = 0;
     const std::int64_t* shape = nullptr;
@@ -39,15 +43,19 @@ struct ArrayView {
 // Keeps alive whatever the views of one call point into. Create, read and destroy it with the GIL held.
 class ArrayReader {
   public:
-    ArrayReader() = default;
+    // Accepts the arrays of one memory: the host's, or that of one CUDA device.
+    explicit ArrayReader(std::int32_t device = kHost) : device_(device) {}
     ~ArrayReader();
     ArrayReader(const ArrayReader&) = delete;
     ArrayReader& operator=(const ArrayReader&) = delete;
 
-    // Raises TypeError for what is no dense-capable CPU array of a supported dtype, ValueError for a gap, an
-    // expanded dimension or a negative stride, or for a read-only array that is to be written.
-    ArrayView read(pybind11::handle object, ArgName name, Access access);
-    ArrayView read_flat(pybind11::handle object, ArgName name, Access access);  // one dimension
+    // Raises TypeError for what is no dense-capable array of a supported dtype in this memory, ValueError for a gap,
+    // an expanded dimension or a negative stride, or for a read-only array that is to be written. What a producer has
+    // under way on a CUDA array is not waited for: the operation runs on the producer's stream.
+    ArrayView read(pybind11::handle object, ArgName name, Access access, Kind kind = Kind::kFloat);
+    // One dimension; of `size` elements where that is not negative.
+    ArrayView read_flat(pybind11::handle object, ArgName name, Access access, std::int64_t size = -1,
+                        Kind kind = Kind::kFloat);
     std::vector<ArrayView> read_list(pybind11::handle list, const char* name, Access access, bool allows_none = false);
 
     // ValueError when an array that is written shares memory with any other array that was read.
@@ -61,12 +69,16 @@ class ArrayReader {
         ArgName name;
     };
 
-    ArrayView read_buffer(pybind11::handle object, ArgName name, Access access);
-    ArrayView read_dlpack(const dlpack::Tensor& tensor, ArgName name);
-    ArrayView read_capsule(pybind11::handle object, ArgName name);
+    ArrayView read_buffer(pybind11::handle object, ArgName name, Access access, Kind kind);
+    ArrayView read_dlpack(const dlpack::Tensor& tensor, ArgName name, Kind kind);
+    ArrayView read_capsule(pybind11::handle object, ArgName name, Kind kind);
+    ArrayView read_cuda_array_interface(pybind11::handle object, ArgName name, Access access, Kind kind);
+    void check_place(std::int32_t device_type, std::int32_t device_id, ArgName name) const;
 
+    std::int32_t device_;
     std::vector<pybind11::object> owners_;
     std::deque<Py_buffer> buffers_;
+    std::deque<std::vector<std::int64_t>> dims_;  // shapes and strides that no array holds
     std::vector<Interval> intervals_;
 };
 

@@ -1,18 +1,16 @@
-// The operations as Python calls them: read and check the arguments, choose the device's kernel, run it without the
-// GIL. Argument meanings are in the contract headers of csrc/include/jointspar.
+// The operations as Python calls them on host arrays: read and check the arguments, run the kernel without the GIL.
+// Argument meanings are in the contract headers of csrc/include/jointspar.
 #pragma once
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
 
-namespace jointspar {
+#include "read_arguments.h"
 
-template <class T>
-using Vector = pybind11::array_t<T, pybind11::array::c_style | pybind11::array::forcecast>;
+namespace jointspar {
 
 Vector<bool> sample_layers(const Vector<double>& probabilities, std::uint64_t seed, std::uint32_t step,
                            std::uint32_t rank, std::uint32_t world_size, const std::string& strategy,

@@ -7,8 +7,12 @@
 namespace jointspar::dlpack {
 
 constexpr std::int32_t kDeviceCpu = 1;
+constexpr std::int32_t kDeviceCuda = 2;
+constexpr std::int32_t kDeviceCudaHost = 3;      // pinned host memory
+constexpr std::int32_t kDeviceCudaManaged = 13;  // on host and device
 constexpr std::uint8_t kCodeFloat = 2;
 constexpr std::uint8_t kCodeBFloat = 4;
+constexpr std::uint8_t kCodeBool = 6;
 constexpr std::uint32_t kMajorVersion = 1;
 
 struct Device {

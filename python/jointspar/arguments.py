@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from jointspar.device_arrays import Place, empty, place_of, to_device
 
 FLOAT_NAMES = ("float32", "float64", "bfloat16", "float16")
 
@@ -27,7 +30,7 @@ def vector(name: str, value: Any, length: int | None = None) -> np.ndarray:
     return _one_dimension(name, array, np.float64, length)
 
 
-def flags(name: str, value: Any, length: int) -> np.ndarray:
+def flags(name: str, value: Any, length: int | None) -> np.ndarray:
     """bool [length]."""
     array = _host_array(name, value)
     if array.dtype != np.bool_ and array.size:
@@ -101,8 +104,10 @@ def element_count(name: str, array: Any) -> int:
         return array.numel()
     if isinstance(array, np.ndarray):
         return array.size
+    if place_of(array) is not None:
+        return math.prod(array.shape)
     hint = " (None needs layout=)" if array is None else ""
-    raise TypeError(f"{name}: expected a torch tensor or NumPy array, got {type(array).__name__}{hint}")
+    raise TypeError(f"{name}: expected a torch tensor, NumPy or CUDA array, got {type(array).__name__}{hint}")
 
 
 def dtype_name(name: str, dtype: Any) -> str:
@@ -128,6 +133,9 @@ def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
         wire = "float64" if wide else "float32"
     else:
         wire = dtype_name("wire_dtype", wire_dtype)
+    place = place_of(arrays[0]) if arrays else None
+    if place is not None:
+        return empty(place, size, wire)
     if arrays and isinstance(arrays[0], np.ndarray):
         if wire == "bfloat16":
             raise TypeError("wire_dtype: NumPy has no bfloat16; pass torch tensors")
@@ -137,21 +145,44 @@ def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
 
 def check_packed_kind(name: str, packed: Any, wire_dtype: Any) -> None:
     """A 1-D array, of the wire dtype where one is asked for."""
-    if not isinstance(packed, (torch.Tensor, np.ndarray)):
+    if not isinstance(packed, (torch.Tensor, np.ndarray)) and place_of(packed) is None:
         raise TypeError(f"{name}: expected a 1-D array, got {type(packed).__name__}")
-    if packed.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension, got {packed.ndim}")
+    if len(packed.shape) != 1:
+        raise ValueError(f"{name}: expected one dimension, got {len(packed.shape)}")
     if wire_dtype is not None and str(packed.dtype).removeprefix("torch.") != dtype_name("wire_dtype", wire_dtype):
         raise ValueError(f"{name}: its dtype {packed.dtype} is not wire_dtype")
 
 
-def like(array: Any, values: np.ndarray) -> Any:
-    """`values` in the array library of `array`."""
-    return torch.from_numpy(values) if isinstance(array, torch.Tensor) else values
+def like(array: Any, values: Any) -> Any:
+    """Host `values` in the array library of `array`; device arrays are of it already."""
+    return torch.from_numpy(values) if isinstance(array, torch.Tensor) and isinstance(values, np.ndarray) else values
 
 
-def copy_to(name: str, out: Any, values: np.ndarray) -> Any:
+def device_vector(name: str, value: Any, place: Place) -> Any:
+    """A device array as it is (the kernels' own checks follow), or a host vector copied to the device."""
+    return value if place_of(value) is not None else to_device(place, vector(name, value))
+
+
+def device_flags(name: str, value: Any, place: Place) -> Any:
+    """As `device_vector`, of bool."""
+    return value if place_of(value) is not None else to_device(place, flags(name, value, None))
+
+
+def device_scalar(name: str, value: Any, place: Place) -> Any:
+    """float64 [1] in device memory of its own, from a number or a device array of one element."""
+    if place_of(value) is None:
+        return to_device(place, per_tensor(name, value, 1))
+    if math.prod(value.shape) != 1:
+        raise ValueError(f"{name}: expected one number, got an array of shape {tuple(value.shape)}")
+    scalar = empty(place, 1, "float64")
+    scalar[...] = value.reshape(1)
+    return scalar
+
+
+def copy_to(name: str, out: Any, values: Any) -> Any:
     """Write `values` into the caller's array of the same shape and dtype."""
+    if not isinstance(values, np.ndarray):
+        return _copy_on_device(name, out, values)
     target = out.detach().numpy() if isinstance(out, torch.Tensor) and out.device.type == "cpu" else out
     if not isinstance(target, np.ndarray) or target.dtype != values.dtype or target.shape != values.shape:
         raise TypeError(f"{name}: expected a writable {values.dtype} array of shape {values.shape}")
@@ -159,6 +190,13 @@ def copy_to(name: str, out: Any, values: np.ndarray) -> Any:
         raise ValueError(f"{name}: is read-only")
     target[...] = values
     increment_versions([out])
+    return out
+
+
+def _copy_on_device(name: str, out: Any, values: Any) -> Any:
+    if place_of(out) != place_of(values) or out.dtype != values.dtype or tuple(out.shape) != tuple(values.shape):
+        raise TypeError(f"{name}: expected a {values.dtype} array of shape {tuple(values.shape)} on the same device")
+    out[...] = values
     return out
 
 

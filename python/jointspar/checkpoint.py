@@ -224,6 +224,8 @@ def _rank_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tup
     for name, value in own["distribution"].items():
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         yield f"distribution.{name}", tensor
+    for name, tensor in own["lesson"].items():
+        yield f"lesson.{name}", tensor
     yield "trainable", own["trainable"]
     yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], dtype=torch.int64)
     yield "random_state", torch.get_rng_state()
@@ -238,6 +240,7 @@ def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
         "skipped_in_a_row": skipped,
         "trainable": own["trainable"],
         "distribution": distribution,
+        "lesson": _take(own, "lesson."),
     }
 
 

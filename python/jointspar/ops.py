@@ -1,9 +1,14 @@
-"""The fused operations of a JointSpar step, for torch tensors and NumPy arrays on the CPU.
+"""The fused operations of a JointSpar step, for torch tensors, NumPy and CuPy arrays, on the CPU or one CUDA device.
 
 Arrays are read in memory order and must be dense (contiguous after some permutation of their dimensions, as
 channels_last is); arrays that belong together (parameter, momentum, gradient) have the same shape and strides.
 Small per-tensor vectors come back in the array library of the input. Bad arguments raise ValueError or TypeError
 naming the argument; nothing was written then.
+
+On CUDA arrays (torch, CuPy, or anything with DLPack or `__cuda_array_interface__`) an operation is put on the current
+stream of the arrays' library and returns at once: results are device arrays, and no value of a device array is looked
+at, so that NaN or out-of-range values in them raise nothing. Settings given as device arrays are copied to the host,
+which waits.
 """
 
 from __future__ import annotations
@@ -21,6 +26,9 @@ from jointspar.arguments import (
     check_packed_kind,
     check_range,
     copy_to,
+    device_flags,
+    device_scalar,
+    device_vector,
     element_count,
     flag,
     flags,
@@ -34,8 +42,9 @@ from jointspar.arguments import (
     whole_layout,
     whole_number,
 )
+from jointspar.device_arrays import Place, place_of
 
-Array = Any  # torch.Tensor or numpy.ndarray
+Array = Any  # torch.Tensor, numpy.ndarray, cupy.ndarray or another array in CUDA memory
 PerTensor = float | Sequence[float] | np.ndarray | torch.Tensor  # one number, or one a tensor
 
 _chosen: ModuleType | None = None
@@ -51,7 +60,7 @@ def backend() -> ModuleType:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve the operations from one backend ("native" or "reference") inside a with block."""
+    """Serve the operations on host arrays from one backend inside a with block."""
     global _chosen
     before = _chosen
     _chosen = backends.load(name)
@@ -59,6 +68,12 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+def _serving(array: Array | None) -> tuple[Any, Place | None]:
+    """What serves operations on arrays like this one, and the CUDA device that they are on (None: the CPU)."""
+    place = place_of(array)
+    return (backend(), None) if place is None else (backends.on_device(place, array), place)
 
 
 class LarsNorms(NamedTuple):
@@ -101,10 +116,14 @@ def sample_layers(
     Returns: bool [num_layers].
     Source: Liu & Mozafari 2022, Algorithm 2; systematic and stratified draws are extensions.
     """
-    p = vector("probabilities", probabilities)
-    check_range("probabilities", p, 0.0, 1.0)
+    serving, place = _serving(probabilities)
+    if place is None:
+        p = vector("probabilities", probabilities)
+        check_range("probabilities", p, 0.0, 1.0)
+    else:
+        p = device_vector("probabilities", probabilities, place)
     world_size = whole_number("world_size", world_size, 1, 2**24)
-    active = backend().sample_layers(
+    active = serving.sample_layers(
         p,
         seed=whole_number("seed", seed, 0, 2**64 - 1),
         step=whole_number("step", step, 0, 2**32 - 1),
@@ -130,10 +149,14 @@ def project_probabilities(log_weights: Array, *, budget: float, p_min: float, ou
     Returns: float64 [num_layers].
     Source: Liu & Mozafari 2022, Algorithm 1, projection.
     """
-    log_w = vector("log_weights", log_weights)
-    check_range("log_weights", log_w, -LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
-    budget, p_min = _feasible(budget, p_min, log_w.size)
-    projected = backend().project_probabilities(log_w, budget=budget, p_min=p_min)
+    serving, place = _serving(log_weights)
+    if place is None:
+        log_w = vector("log_weights", log_weights)
+        check_range("log_weights", log_w, -LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+    else:
+        log_w = device_vector("log_weights", log_weights, place)
+    budget, p_min = _feasible(budget, p_min, len(log_w))
+    projected = serving.project_probabilities(log_w, budget=budget, p_min=p_min)
     return copy_to("out", out, projected) if out is not None else like(log_weights, projected)
 
 
@@ -142,14 +165,14 @@ def update_probabilities(
     squared_norms: Array,
     active: Array,
     *,
-    gradient_bound: float,
+    gradient_bound: float | Array,
     budget: float,
     p_min: float,
     bandit_lr: float,
     shift: bool = False,
     drawn_probabilities: Array | None = None,
     out: Array | None = None,
-) -> tuple[Array, float]:
+) -> tuple[Array, float | Array]:
     """One step of Algorithm 1: importance-weighted exponentiated gradient, then the projection.
 
     L^2 <- max(0.99 L^2, max over active d of ||g_d||^2) first; with L = 0 or nothing active, probabilities stay.
@@ -158,7 +181,8 @@ def update_probabilities(
         probabilities: float64 [num_layers], in [1e-100, 1].
         squared_norms: float64 [num_layers], ||g_d||^2 of unscaled gradients; read where active.
         active: bool [num_layers].
-        gradient_bound: L, not squared; 0 at the start.
+        gradient_bound: L, not squared; 0 at the start. On a device it comes back as a device array of no dimension,
+            which may be passed again.
         bandit_lr: step size; with shift it is the paper's alpha_p * L^2 / p_min^2.
         shift: the paper's literal loss, made non-negative by L^2 / p_min^2.
         drawn_probabilities: float64 [num_layers], what `active` was drawn from; default `probabilities`.
@@ -167,27 +191,30 @@ def update_probabilities(
     Returns: (float64 [num_layers], the new gradient_bound).
     Source: Liu & Mozafari 2022, Algorithm 1.
     """
-    p = vector("probabilities", probabilities)
-    check_range("probabilities", p, SMALLEST_PROBABILITY, 1.0)
-    drawn = p
-    if drawn_probabilities is not None:
-        drawn = vector("drawn_probabilities", drawn_probabilities, p.size)
-        check_range("drawn_probabilities", drawn, SMALLEST_PROBABILITY, 1.0)
-    n2 = vector("squared_norms", squared_norms, p.size)
-    is_active = flags("active", active, p.size)
-    check_range("squared_norms", n2[is_active], 0.0, np.inf)
-    budget, p_min = _feasible(budget, p_min, p.size)
-    updated, bound = backend().update_probabilities(
+    drawn_probabilities = probabilities if drawn_probabilities is None else drawn_probabilities
+    serving, place = _serving(probabilities)
+    if place is None:
+        p, drawn, n2, is_active = _bandit_vectors(probabilities, drawn_probabilities, squared_norms, active)
+        bound: Any = _number("gradient_bound", gradient_bound, 0.0)
+    else:
+        p = device_vector("probabilities", probabilities, place)
+        drawn = device_vector("drawn_probabilities", drawn_probabilities, place)
+        n2 = device_vector("squared_norms", squared_norms, place)
+        is_active = device_flags("active", active, place)
+        bound = device_scalar("gradient_bound", gradient_bound, place)
+    budget, p_min = _feasible(budget, p_min, len(p))
+    updated, bound = serving.update_probabilities(
         p,
         n2,
         is_active,
         drawn_probabilities=drawn,
-        gradient_bound=_number("gradient_bound", gradient_bound, 0.0),
+        gradient_bound=bound,
         budget=budget,
         p_min=p_min,
         bandit_lr=_number("bandit_lr", bandit_lr, 0.0),
         shift=flag("shift", shift),
     )
+    bound = bound if place is None else bound.reshape(())
     return (copy_to("out", out, updated) if out is not None else like(probabilities, updated)), bound
 
 
@@ -222,7 +249,7 @@ def pack_gradients(
         out = new_packed(grads, int(sizes.sum()), wire_dtype)
     else:
         check_packed_kind("out", out, wire_dtype)
-    norms = backend().pack_gradients(grads, scale_per_tensor, sizes, out)
+    norms = _serving(like_array)[0].pack_gradients(grads, scale_per_tensor, sizes, out)
     increment_versions([out])
     return out, like(like_array, norms)
 
@@ -237,7 +264,7 @@ def unpack_gradients(packed: Array, outs: Sequence[Array], *, add: bool = False)
     """
     outs = sequence("outs", outs)
     check_packed_kind("packed", packed, None)
-    backend().unpack_gradients(packed, outs, flag("add", add))
+    _serving(packed)[0].unpack_gradients(packed, outs, flag("add", add))
     increment_versions(outs)
 
 
@@ -245,7 +272,7 @@ def add_packed(out: Array, packed: Array) -> None:
     """out += packed, both 1-D of one dtype and size; `out` is mutated. 16-bit types are added in float32."""
     check_packed_kind("out", out, None)
     check_packed_kind("packed", packed, None)
-    backend().add_packed(out, packed)
+    _serving(out)[0].add_packed(out, packed)
     increment_versions([out])
 
 
@@ -258,12 +285,12 @@ def squared_norms(grads: Sequence[Array] | Array, *, layout: Sequence[int] | Arr
     if isinstance(grads, (list, tuple)):
         if layout is not None:
             raise TypeError("layout: only a packed buffer takes one, grads is a list")
-        norms = backend().squared_norms(list(grads), None)
-        return like(grads[0] if grads else None, norms)
+        first = grads[0] if grads else None
+        return like(first, _serving(first)[0].squared_norms(list(grads), None))
     check_packed_kind("grads", grads, None)
     if layout is None:
         raise TypeError("layout: a packed buffer needs the sizes of its slices")
-    return like(grads, backend().squared_norms(grads, whole_layout(layout, None)))
+    return like(grads, _serving(grads)[0].squared_norms(grads, whole_layout(layout, None)))
 
 
 def lars_update(
@@ -312,19 +339,20 @@ def lars_update(
     ):  # fmt: skip
         hyper[:, column] = per_tensor(name, value, num_tensors)
     is_adapted = _default_adapt(params) if adapt is None else flags("adapt", adapt, num_tensors)
-    measured = backend().lars_update(
+    like_array = params[0] if params else None
+    serving, place = _serving(like_array)
+    measured = serving.lars_update(
         params,
         momenta,
         _update_grads(params, momenta, grads, layout),
         hyper=hyper,
         adapt=is_adapted,
         nesterov=flag("nesterov", nesterov),
-        param_norms=_known_norms("param_norms", param_norms, num_tensors),
-        grad_norms=_known_norms("grad_norms", grad_norms, num_tensors),
+        param_norms=_known_norms("param_norms", param_norms, num_tensors, place),
+        grad_norms=_known_norms("grad_norms", grad_norms, num_tensors, place),
         skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
     )
     increment_versions(params)
-    like_array = params[0] if params else None
     return LarsNorms(like(like_array, measured[0]), like(like_array, measured[1]))
 
 
@@ -349,7 +377,8 @@ def sgd_update(
     hyper = np.empty((len(params), 3))
     for column, (name, value) in enumerate((("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))):
         hyper[:, column] = per_tensor(name, value, len(params))
-    norms = backend().sgd_update(
+    like_array = params[0] if params else None
+    norms = _serving(like_array)[0].sgd_update(
         params,
         momenta,
         _update_grads(params, momenta, grads, layout),
@@ -358,7 +387,21 @@ def sgd_update(
         skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
     )
     increment_versions(params)
-    return like(params[0] if params else None, norms)
+    return like(like_array, norms)
+
+
+def _bandit_vectors(
+    probabilities: Any, drawn_probabilities: Any, squared_norms: Any, active: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The vectors of `update_probabilities` on the host, checked."""
+    p = vector("probabilities", probabilities)
+    check_range("probabilities", p, SMALLEST_PROBABILITY, 1.0)
+    drawn = vector("drawn_probabilities", drawn_probabilities, p.size)
+    check_range("drawn_probabilities", drawn, SMALLEST_PROBABILITY, 1.0)
+    n2 = vector("squared_norms", squared_norms, p.size)
+    is_active = flags("active", active, p.size)
+    check_range("squared_norms", n2[is_active], 0.0, np.inf)
+    return p, drawn, n2, is_active
 
 
 def _default_adapt(params: list[Array]) -> np.ndarray:
@@ -383,13 +426,16 @@ def _update_grads(params: list[Array], momenta: list[Array], grads: Any, layout:
     return grads
 
 
-def _known_norms(name: str, norms: Any, num_tensors: int) -> np.ndarray:
+def _known_norms(name: str, norms: Any, num_tensors: int, place: Place | None) -> Any:
+    """On the host float64 [num_tensors], checked; on a device a device array, or None: measure all."""
     if norms is None:
-        return np.full(num_tensors, np.nan)
+        return np.full(num_tensors, np.nan) if place is None else None
+    if place is not None and place_of(norms) is not None:
+        return norms
     known = vector(name, norms, num_tensors)
     if (known < 0).any() or np.isinf(known).any():
         raise ValueError(f"{name}: norms are finite and at least 0 (NaN: measure)")
-    return known
+    return known if place is None else device_vector(name, known, place)
 
 
 def _number(name: str, value: Any, low: float) -> float:

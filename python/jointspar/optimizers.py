@@ -147,9 +147,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
             self._pipeline.agree_on_changes(self._exchanged, self._hyper)
         exchanged, self._exchanged = self._exchanged, None
         assert exchanged is not None
-        lagged = self._pipeline.distribution.probabilities.copy()
         self._pipeline.apply(exchanged, self._update, self._hyper)
-        self._pipeline.finish_step(exchanged, lagged)
+        self._pipeline.finish_step(exchanged)
         return loss
 
     @torch.no_grad()
@@ -161,7 +160,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         """
         if self._exchanged is not None:
             raise JointSparError("synchronize() was called twice without a step() between")
-        self._exchange_gradients(max_norm)
+        self._exchange_gradients(max_norm, is_looked_at=True)
 
     def count_flops(self, model: torch.nn.Module, *inputs: Any) -> None:
         """Run one forward to learn what each layer's weight gradient costs; `stats` then counts what was skipped."""
@@ -196,7 +195,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
         self._pipeline.agreement.finish()
 
-    def _exchange_gradients(self, max_norm: float | None) -> None:
+    def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
         if max_norm is not None and not max_norm > 0.0:
             raise ValueError(f"max_norm: {max_norm} is not above 0")
         self._exchanged = self._pipeline.exchange_gradients(
@@ -204,6 +203,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
             grad_scale=_as_float(getattr(self, "grad_scale", None), 1.0),
             found_inf=_as_float(getattr(self, "found_inf", None), 0.0),
             max_norm=max_norm,
+            is_looked_at=is_looked_at,
         )
 
     # State -------------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ import torch
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement, Op
 from jointspar.comm.transport import Transport
+from jointspar.device_arrays import Reading
 from jointspar.errors import JointSparError
+from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
 from jointspar.step.exchange.choose import choose
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
-from jointspar.step.probabilities import LayerDistribution, observation_chance, observed_norms
+from jointspar.step.probabilities import LayerDistribution
 from jointspar.step.sampling import Sampling, draw_layers
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_packed, slice_norms
 from jointspar.telemetry import Stats
@@ -26,27 +28,18 @@ MAX_SKIPPED_IN_A_ROW = 50
 
 @dataclass
 class Exchanged:
-    """One step's gradient between the exchange and the update."""
+    """One step's mean gradient between the exchange and the update."""
 
     layout: PackedLayout
     mean_grad: torch.Tensor  # packed
-    norms: np.ndarray  # float64 [num_slices] of mean_grad, as it is now
-    squared_norms: np.ndarray  # float64 [num_layers] of mean_grad as it was exchanged
-    local_squared_norms: np.ndarray  # float64 [num_layers]
-    gathered_squared_norms: np.ndarray  # float64 [world_size, num_layers]
-    counts: np.ndarray  # int64 [num_layers], ranks that computed each layer
-    is_finite: bool
+    lesson: Lesson
+    gathered: np.ndarray  # float64 [world_size, num_layers]: every rank's squared norms of the lesson that is due
+    norms: torch.Tensor | None = None  # float64 [num_slices] of mean_grad as it is now; None: the update measures them
+    is_finite: bool = True  # as far as the host knows
 
-    def measure(self) -> None:
-        """Read the norms of mean_grad; not finite on every rank alike, since all hold the same sum."""
-        if self.is_finite:
-            self.norms = slice_norms(self.mean_grad, self.layout.sizes)
-            self.is_finite = bool(np.isfinite(self.norms).all())
-
-    def clip(self, max_norm: float) -> None:
-        """Scale mean_grad to a total norm of at most max_norm."""
-        if self.is_finite:
-            self.norms = clip_packed(self.mean_grad, self.norms, max_norm)
+    def has_finite_norms(self) -> bool:
+        """Waits for the norms; the same on every rank, since all hold the same sum."""
+        return self.is_finite and self.norms is not None and bool(self.norms.isfinite().all())
 
 
 class Pipeline:
@@ -75,19 +68,28 @@ class Pipeline:
         self.backward = ActiveBackward(layers.parameters)
         self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers())
         self.active = np.zeros(layers.num_layers, dtype=bool)
+        self.drawn = self.distribution.probabilities  # float64 [num_layers], what `active` was drawn from
         self.step_count = 0
         self.skipped_in_a_row = 0
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
         self.stats = Stats()
         self._sent_per_byte = 0.0  # what the last exchange sent for each byte of its buffer
-        self.draw_next(self.distribution.probabilities)
+        self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
+        self.draw_next()
 
     def exchange_gradients(
-        self, hyper: HyperParameters, *, grad_scale: float, found_inf: float, max_norm: float | None
+        self,
+        hyper: HyperParameters,
+        *,
+        grad_scale: float,
+        found_inf: float,
+        max_norm: float | None,
+        is_looked_at: bool = False,
     ) -> Exchanged:
         """Stages 3 and 4: pack this rank's gradients, agree with the other ranks, sum, and clip the sum.
 
         grad_scale: what the gradients were multiplied by (GradScaler). found_inf: not 0 skips the step on all ranks.
+        is_looked_at: the user sees the mean gradient before the update.
         """
         stats = self.stats
         hyper.check()
@@ -96,47 +98,35 @@ class Pipeline:
         with stats.phase("plan"):
             counts = self.agreement.wait_plan().sum(axis=0)
         with stats.phase("pack"):
-            layout, packed, local = self._pack(counts, grad_scale)
-        sent_before = self.comm.bytes_sent
+            exchanged = self._pack(counts, grad_scale)
+        packed, sent_before = exchanged.mean_grad, self.comm.bytes_sent
         with stats.phase("go"):
+            lesson = self._lesson_to_learn(exchanged)
+            local = np.zeros(self.layers.num_layers) if lesson is None else lesson.local.wait()
             gathered = self.agreement.go(
                 Op.EXCHANGE,
                 step=self.step_count,
-                count=layout.total,
+                count=exchanged.layout.total,
                 dtype=packed.dtype,
                 hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable]),
                 values=np.append(local, found_inf),
             )
-        exchanged = Exchanged(
-            layout,
-            packed,
-            norms=np.full(layout.sizes.size, np.nan),
-            squared_norms=np.full(self.layers.num_layers, np.nan),
-            local_squared_norms=local,
-            gathered_squared_norms=gathered[:, :-1],
-            counts=counts,
-            is_finite=not gathered[:, -1].any(),
-        )
+        exchanged.gathered, exchanged.is_finite = gathered[:, :-1], not gathered[:, -1].any()
         payload_before = self.comm.bytes_sent
         with stats.phase("exchange"):
             if exchanged.is_finite:
                 self._exchange(self.comm, packed, what=f"step {self.step_count} exchange")
-        payload = self.comm.bytes_sent - payload_before
-        with stats.phase("measure"):
-            exchanged.measure()
-            exchanged.squared_norms = self.layers.sum_by_layer(np.square(exchanged.norms), layout.positions)
-            if max_norm is not None:
-                exchanged.clip(max_norm)
-        stats.sent_bytes = self.comm.bytes_sent - sent_before
-        if payload:
-            self._sent_per_byte = payload / (layout.total * packed.element_size())
-        stats.dense_bytes = round(self.packer.dense_bytes(self.backward.updatable) * self._sent_per_byte)
+        self._count_bytes(sent_before, payload_before, exchanged.layout)
+        if exchanged.is_finite and (not self.sampling.lag or is_looked_at or max_norm is not None):
+            with stats.phase("measure"):
+                self._measure(exchanged, max_norm)
         return exchanged
 
     def agree_on_changes(self, exchanged: Exchanged, hyper: HyperParameters) -> None:
         """After the user may have changed mean_grad: measure it, and skip it everywhere if anywhere not finite."""
-        exchanged.measure()
-        values = np.append(np.zeros(self.layers.num_layers), float(not exchanged.is_finite))
+        if exchanged.is_finite:
+            exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)
+        values = np.append(np.zeros(self.layers.num_layers), float(not exchanged.has_finite_norms()))
         hyper.check()
         gathered = self.agreement.go(
             Op.UPDATE, step=self.step_count, hyper_hash=stable_hash(hyper.agreed()), values=values
@@ -144,57 +134,64 @@ class Pipeline:
         exchanged.is_finite = not gathered[:, -1].any()
 
     def apply(self, exchanged: Exchanged, update: LarsUpdate | SgdUpdate, hyper: HyperParameters) -> None:
-        """Stages 5 and 6: weights and momentum, then probabilities; nothing where the mean gradient is not finite."""
+        """Stage 5: weights and momentum, nothing where the mean gradient is not finite.
+
+        With lag=1 the update finds that out by itself, so that nobody waits for norms that a device still computes.
+        """
+        if not self.sampling.lag:
+            exchanged.is_finite = exchanged.has_finite_norms()
+        exchanged.lesson.is_finite = exchanged.is_finite
         if not exchanged.is_finite:
             return
-        layout = exchanged.layout
         with self.stats.phase("update"):
-            update.apply(layout.positions, exchanged.mean_grad, exchanged.norms, hyper)
-            if self._decays_idle:
-                idle = self.backward.updatable
-                idle[layout.positions] = False
-                update.apply(np.flatnonzero(idle), None, None, hyper)
-        with self.stats.phase("probabilities"):
-            squared_norms, observed = observed_norms(
-                self.sampling.strategy,
-                active=self.active,
-                counts=exchanged.counts,
-                local=exchanged.local_squared_norms,
-                gathered=exchanged.gathered_squared_norms,
-                mean_grad=exchanged.squared_norms,
-                drawn_probabilities=self.distribution.drawn_probabilities,
+            positions = exchanged.layout.positions
+            idle = self.backward.updatable & self._decays_idle
+            idle[positions] = False
+            norms = update.apply(
+                positions,
+                exchanged.mean_grad,
+                exchanged.norms,
+                hyper,
+                idle=np.flatnonzero(idle),
+                skip_nonfinite=bool(self.sampling.lag),
             )
-            chance = observation_chance(
-                self.sampling.strategy, self.distribution.drawn_probabilities, self.comm.world_size
-            )
-            self.distribution.update(squared_norms, observed, chance)
+            exchanged.lesson.used = Reading(norms)
+            if exchanged.lesson.mean is None:
+                exchanged.lesson.mean = self._reading(norms, positions)
 
-    def finish_step(self, exchanged: Exchanged, lagged: np.ndarray) -> None:
-        """Draw the layers of the next step and count this one. `lagged`: the probabilities before its update."""
+    def finish_step(self, exchanged: Exchanged) -> None:
+        """Stages 6, 1 and 2: learn, draw the layers of the next step, and count this one.
+
+        With lag=1 the lesson is that of the step before, whose norms have long arrived.
+        """
         eligible = self.distribution.eligible
         active_fraction = float(self.active[eligible].mean()) if eligible.any() else 1.0
         flops_skipped = None if self.flops is None else int(self.flops[eligible & ~self.active].sum())
+        lesson = self._lesson_to_learn(exchanged)
+        is_applied = lesson is None or lesson.was_applied()
+        if lesson is not None and is_applied:
+            with self.stats.phase("probabilities"):
+                lesson.teach(self.distribution, exchanged.gathered)
+        self._lesson = exchanged.lesson if self.sampling.lag else None
         self.step_count += 1
-        self.skipped_in_a_row = 0 if exchanged.is_finite else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if is_applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise JointSparError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite gradients")
-        self.draw_next(lagged)
-        self.stats.add_step(
-            active_fraction=active_fraction, skipped=not exchanged.is_finite, flops_skipped=flops_skipped
-        )
+        self.draw_next()
+        self.stats.add_step(active_fraction=active_fraction, skipped=not is_applied, flops_skipped=flops_skipped)
 
-    def draw_next(self, lagged: np.ndarray) -> None:
+    def draw_next(self) -> None:
         """Stages 1 and 2 of the coming iteration; its plan travels during the next forward."""
         eligible = self._eligible_layers()
         if (eligible != self.distribution.eligible).any():
             self.distribution.set_eligible(eligible)
         with self.stats.phase("sample"):
-            drawn = self.distribution.draw_from(lagged)
+            self.drawn = self.distribution.probabilities.copy()
             self.active = draw_layers(
-                drawn, self.sampling, step=self.step_count, rank=self.comm.rank, world_size=self.comm.world_size
+                self.drawn, self.sampling, step=self.step_count, rank=self.comm.rank, world_size=self.comm.world_size
             )
             self.backward.activate(self.layers.wanted_parameters(self.active))
-        shared = None if self.sampling.strategy == "independent" else stable_hash(drawn)
+        shared = None if self.sampling.strategy == "independent" else stable_hash(self.drawn)
         sent_before = self.comm.bytes_sent
         self.agreement.post_plan(self.step_count, self.active, shared)
         self.stats.sent_bytes += self.comm.bytes_sent - sent_before
@@ -210,6 +207,7 @@ class Pipeline:
                 name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
                 for name, value in arrays.items()
             },
+            "lesson": {} if self._lesson is None else self._lesson.state_dict(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -219,6 +217,8 @@ class Pipeline:
                 f"state_dict: is of {len(state['trainable'])} parameters, not {len(self.layers.parameters)}"
             )
         self.distribution.check_state(state["distribution"])
+        if state["lesson"] and len(state["lesson"]["drawn"]) != self.layers.num_layers:
+            raise ValueError(f"state_dict: its lesson is of {len(state['lesson']['drawn'])} layers")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, once `check_state` has passed it. Collective: plans the step again."""
@@ -226,19 +226,41 @@ class Pipeline:
         self.backward.set_trainable(range(len(self.layers.parameters)), np.asarray(state["trainable"]))
         self.step_count = int(state["step"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
         self.agreement.go(Op.LOAD, step=self.step_count)
-        self.draw_next(self.distribution.drawn_probabilities)
+        self.draw_next()
 
-    def _pack(self, counts: np.ndarray, grad_scale: float) -> tuple[PackedLayout, torch.Tensor, np.ndarray]:
-        """Layout, packed gradient, and the squared norms of this rank's unscaled gradients by layer."""
+    def _lesson_to_learn(self, exchanged: Exchanged) -> Lesson | None:
+        """This step's, or with lag=1 that of the step before."""
+        return self._lesson if self.sampling.lag else exchanged.lesson
+
+    def _pack(self, counts: np.ndarray, grad_scale: float) -> Exchanged:
+        """This rank's gradients in one buffer, which the exchange then sums in place."""
         layers = self.layers
         layout = self.packer.layout(layers.wanted_parameters(counts > 0) & self.backward.updatable)
-        scales = gradient_scales(
-            self.sampling.strategy, self.distribution.drawn_probabilities, counts, self.comm.world_size
-        )
+        scales = gradient_scales(self.sampling.strategy, self.drawn, counts, self.comm.world_size)
         of_parameter = np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale
         packed, squared_norms = self.packer.pack(layout, layers.wanted_parameters(self.active), of_parameter)
-        return layout, packed, layers.sum_by_layer(squared_norms / grad_scale**2, layout.positions)
+        local = Reading(squared_norms, lambda values: layers.sum_by_layer(values / grad_scale**2, layout.positions))
+        nothing = np.empty((0, layers.num_layers))
+        return Exchanged(layout, packed, Lesson(self.active, self.drawn, counts, local), gathered=nothing)
+
+    def _measure(self, exchanged: Exchanged, max_norm: float | None) -> None:
+        exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)
+        exchanged.lesson.mean = self._reading(exchanged.norms, exchanged.layout.positions)
+        if max_norm is not None:
+            exchanged.norms = clip_packed(exchanged.mean_grad, exchanged.norms, max_norm)
+
+    def _reading(self, norms: torch.Tensor, positions: np.ndarray) -> Reading:
+        """Squared norms by layer, of norms of slices."""
+        return Reading(norms, lambda values: self.layers.sum_by_layer(np.square(values), positions))
+
+    def _count_bytes(self, sent_before: int, payload_before: int, layout: PackedLayout) -> None:
+        payload = self.comm.bytes_sent - payload_before
+        if payload:
+            self._sent_per_byte = payload / (layout.total * self.packer.wire_dtype.itemsize)
+        self.stats.sent_bytes = self.comm.bytes_sent - sent_before
+        self.stats.dense_bytes = round(self.packer.dense_bytes(self.backward.updatable) * self._sent_per_byte)
 
     def _agree(self, settings: dict[str, Any]) -> Agreement:
         """Compare layout and settings with the other ranks. Raises DesyncError on all of them where any differ."""

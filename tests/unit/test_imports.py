@@ -14,8 +14,8 @@ PACKAGE = ROOT / "python" / "jointspar"
 
 # From the bottom up: a module imports only what stands before it, or its own package.
 ORDER = (
-    "errors", "jointspar_ext", "arguments", "plain_json", "backends", "ops", "telemetry", "schedule", "comm", "step",
-    "replicas", "pipeline", "optimizers", "checkpoint", "training", "cli", "__main__",
+    "errors", "jointspar_ext", "device_arrays", "arguments", "plain_json", "backends", "ops", "telemetry", "schedule",
+    "comm", "step", "learning", "replicas", "pipeline", "optimizers", "checkpoint", "training", "cli", "__main__",
 )  # fmt: skip
 
 MPI_FILE = "jointspar.comm.mpi"

@@ -46,7 +46,6 @@ def test_paper_is_the_paper_s_literal_reading():
         (dict(bandit_lr=float("inf")), "bandit_lr"),
         (dict(lag=2), "lag"),
         (dict(distribution="uniform", p_min=0.1), "p_min"),
-        (dict(distribution="uniform", lag=1), "lag"),
         (dict(distribution="norm", shift=True), "shift"),
         (dict(seed=-1), "seed"),
         (dict(seed=2**64), "seed"),

@@ -26,12 +26,12 @@ def test_slice_norms_are_those_of_the_slices_and_show_non_finite_values():
     packed = torch.tensor([3.0, 4.0, 0.0, 5.0, 12.0])
     assert slice_norms(packed, np.array([2, 1, 2])).tolist() == [5.0, 0.0, 13.0]
     packed[2] = float("nan")
-    assert np.isfinite(slice_norms(packed, np.array([2, 1, 2]))).tolist() == [True, False, True]
+    assert slice_norms(packed, np.array([2, 1, 2])).isfinite().tolist() == [True, False, True]
 
 
 def test_clipping_scales_to_the_total_norm_or_not_at_all():
     packed = torch.tensor([3.0, 4.0, 12.0], dtype=torch.float64)
-    norms = clip_packed(packed, np.array([5.0, 12.0]), 1.3)
+    norms = clip_packed(packed, torch.tensor([5.0, 12.0], dtype=torch.float64), 1.3)
     np.testing.assert_allclose(packed.numpy(), np.array([3.0, 4.0, 12.0]) / 10, rtol=1e-6)
     np.testing.assert_allclose(norms, [0.5, 1.2], rtol=1e-6)
     assert clip_packed(packed, norms, 100.0) is norms
@@ -55,12 +55,14 @@ def test_a_weight_written_by_somebody_else_is_measured_again(write):
     update = LarsUpdate([weight], [momentum])
     grads = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     everything = np.array([0])
-    update.apply(everything, grads, np.array([1.0]), hyper)
+    norm = torch.ones(1, dtype=torch.float64)
+    update.apply(everything, grads, norm, hyper, idle=np.array([], dtype=np.int64), skip_nonfinite=False)
     assert weight[0, 0].item() == pytest.approx(1.0 - 2.0)  # local = ||w|| / ||g|| = 2
     with torch.no_grad():
         if write == "in_place":
             weight.fill_(3.0)
         else:
             weight.data = torch.full((2, 2), 3.0, dtype=torch.float64)
-    update.apply(everything, grads, np.array([1.0]), hyper)
+    norm = torch.ones(1, dtype=torch.float64)
+    update.apply(everything, grads, norm, hyper, idle=np.array([], dtype=np.int64), skip_nonfinite=False)
     assert weight[0, 0].item() == pytest.approx(3.0 - 6.0)

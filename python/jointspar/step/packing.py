@@ -34,7 +34,7 @@ class Packer:
         wide = any(parameter.dtype == torch.float64 for parameter in parameters)
         exact = torch.float64 if wide else torch.float32
         self.wire_dtype = exact if wire_dtype is None else getattr(torch, dtype_name("wire_dtype", wire_dtype))
-        self._buffer = torch.empty(0, dtype=self.wire_dtype)
+        self._buffer = torch.empty(0, dtype=self.wire_dtype, device=parameters[0].device)
         self._warned: set[int] = set()
 
     def dense_bytes(self, trainable: np.ndarray) -> int:
@@ -47,7 +47,9 @@ class Packer:
         sizes = self._sizes[positions]
         return PackedLayout(positions, sizes, int(sizes.sum()))
 
-    def pack(self, layout: PackedLayout, computed: np.ndarray, scales: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    def pack(
+        self, layout: PackedLayout, computed: np.ndarray, scales: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
         """Pack this rank's gradients, scaled, in one pass.
 
         Args:
@@ -58,11 +60,11 @@ class Packer:
         An active parameter without a gradient packs zeros and warns once.
         """
         if self._buffer.numel() < layout.total:
-            self._buffer = torch.empty(layout.total, dtype=self.wire_dtype)
+            self._buffer = self._buffer.new_empty(layout.total)
         packed = self._buffer[: layout.total]
         grads = [self._grad(position) if computed[position] else None for position in layout.positions.tolist()]
         _, squared_norms = ops.pack_gradients(grads, scales[layout.positions], layout=layout.sizes, out=packed)
-        return packed, np.asarray(squared_norms)
+        return packed, squared_norms
 
     def unpack_views(self, layout: PackedLayout, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of the buffer's slices by parameter name, in the parameters' shapes."""

@@ -32,21 +32,34 @@ class LayerDistribution:
         self.probabilities = np.zeros(num_layers)
         self._set_constraints()
         self.probabilities[eligible] = min(1.0, self._budget / max(1, int(eligible.sum())))
-        self.drawn_probabilities = self.probabilities.copy()
 
-    def update(self, squared_norms: np.ndarray, observed: np.ndarray, chance: np.ndarray | None = None) -> None:
-        """Learn from the squared norms of the layers that were observed in this step.
+    @property
+    def strategy(self) -> str:
+        """How the ranks' draws relate, see `Sampling`."""
+        return str(self._sampling.strategy)
+
+    def update(
+        self,
+        squared_norms: np.ndarray,
+        observed: np.ndarray,
+        *,
+        drawn_probabilities: np.ndarray | None = None,
+        chance: np.ndarray | None = None,
+    ) -> None:
+        """Learn from the squared norms of the layers that were observed in a step.
 
         Args:
             squared_norms: float64 [num_layers], of unscaled gradients; read where observed.
             observed: bool [num_layers].
-            chance: float64 [num_layers], probability of being observed; default the drawn probabilities.
+            drawn_probabilities: float64 [num_layers], what that step's layers were drawn from; default: today's.
+            chance: float64 [num_layers], probability of being observed; default: the drawn probabilities.
         """
         seen = observed & self.eligible
         if self._sampling.distribution == "norm":
             self._update_by_norm(squared_norms, seen)
         elif self._sampling.distribution == "bandit":
-            self._update_by_bandit(squared_norms, seen, self.drawn_probabilities if chance is None else chance)
+            drawn = self.probabilities if drawn_probabilities is None else drawn_probabilities
+            self._update_by_bandit(squared_norms, seen, drawn, drawn if chance is None else chance)
 
     def set_eligible(self, eligible: np.ndarray) -> None:
         """Take layers out or in (frozen or thawed by the user); the others keep their proportions."""
@@ -60,17 +73,10 @@ class LayerDistribution:
         self.probabilities[newcomers] = known.mean() if known.size else 1.0
         self._project(np.log(self.probabilities[eligible]))
 
-    def draw_from(self, lagged: np.ndarray) -> np.ndarray:
-        """The probabilities that the next draw uses: today's, or with lag=1 those before the last update."""
-        source = lagged if self._sampling.lag else self.probabilities
-        self.drawn_probabilities = np.where(self.eligible & (source > 0.0), source, self.probabilities)
-        return self.drawn_probabilities
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that later updates depend on."""
         return {
             "probabilities": self.probabilities.copy(),
-            "drawn_probabilities": self.drawn_probabilities.copy(),
             "gradient_bound": self.gradient_bound,
             "norm_ema": self.norm_ema.copy(),
             "norm_count": self.norm_count.copy(),
@@ -84,7 +90,7 @@ class LayerDistribution:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`, once `check_state` has passed it."""
-        for name in ("probabilities", "drawn_probabilities", "norm_ema"):
+        for name in ("probabilities", "norm_ema"):
             setattr(self, name, np.asarray(state[name]).astype(np.float64))
         self.norm_count = np.asarray(state["norm_count"]).astype(np.int64)
         self.eligible = np.asarray(state["eligible"]).astype(bool)
@@ -93,20 +99,19 @@ class LayerDistribution:
         inside = self.probabilities[self.eligible]
         if inside.size and (abs(inside.sum() - self._budget) > 1e-9 or inside.min() < self._p_min - 1e-12):
             self._project(np.log(inside))  # saved with another budget or p_min: this optimizer's hold
-            self.drawn_probabilities = self.probabilities.copy()
 
     def _set_constraints(self) -> None:
         num_frozen = int((~self.eligible).sum())
         self._budget, self._p_min = self._sampling.constraints(self.eligible.size, num_frozen)
 
-    def _update_by_bandit(self, squared_norms: np.ndarray, seen: np.ndarray, chance: np.ndarray) -> None:
+    def _update_by_bandit(
+        self, squared_norms: np.ndarray, seen: np.ndarray, drawn_probabilities: np.ndarray, chance: np.ndarray
+    ) -> None:
         """Algorithm 1 weighs what it sees by 1/q, the chance of seeing it; where that is another, the norm makes up."""
         inside = self.eligible
         if not inside.any():
             return
-        squared_norms = squared_norms * np.divide(
-            self.drawn_probabilities, chance, out=np.ones(chance.size), where=seen
-        )
+        squared_norms = squared_norms * np.divide(drawn_probabilities, chance, out=np.ones(chance.size), where=seen)
         self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
             self.probabilities[inside],
             squared_norms[inside],
@@ -116,7 +121,7 @@ class LayerDistribution:
             p_min=self._p_min,
             bandit_lr=self._sampling.bandit_lr,
             shift=self._sampling.shift,
-            drawn_probabilities=self.drawn_probabilities[inside],
+            drawn_probabilities=np.where(seen, drawn_probabilities, 1.0)[inside],  # read where seen
         )
 
     def _update_by_norm(self, squared_norms: np.ndarray, seen: np.ndarray) -> None:

@@ -25,7 +25,8 @@ class Sampling:
         distribution: "bandit" (the paper's Algorithm 1), "norm" (proportional to the gradient norms) or "uniform".
         bandit_lr: step size of Algorithm 1.
         shift: the paper's literal non-negative loss in Algorithm 1.
-        lag: 1 draws from the probabilities of the step before, so that a device need not wait for the last update.
+        lag: 1 learns from each step one step later, so that nothing waits for norms that a device still computes; a
+            skipped step is then counted one step later too.
         seed: key of the random numbers; the same on all ranks.
         grouping: "module" or "tensor", see `group_layers`.
 
@@ -70,10 +71,8 @@ class Sampling:
 
     def _acting(self) -> dict[str, bool]:
         """Whether each setting that was given acts with this distribution."""
-        learns = self.distribution != "uniform"
         return {
-            "p_min": learns or self.p_min is None,
-            "lag": learns or not self.lag,
+            "p_min": self.distribution != "uniform" or self.p_min is None,
             "shift": self.distribution == "bandit" or not self.shift,
         }
 

@@ -84,7 +84,7 @@ class LarsUpdate:
     def __init__(self, parameters: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
         self._momenta = momenta
-        self._norms = np.full(len(parameters), np.nan)
+        self._norms = torch.full((len(parameters),), torch.nan, dtype=torch.float64, device=parameters[0].device)
         self._versions = np.full(len(parameters), -1, dtype=np.int64)
         self._pointers = np.zeros(len(parameters), dtype=np.int64)
         self._steps = 0
@@ -92,43 +92,57 @@ class LarsUpdate:
     def apply(
         self,
         positions: np.ndarray,
-        grads: torch.Tensor | None,
-        grad_norms: np.ndarray | None,
+        grads: torch.Tensor,
+        grad_norms: torch.Tensor | None,
         hyper: HyperParameters,
-    ) -> None:
-        """Update the parameters at `positions`, in place with their momenta.
+        *,
+        idle: np.ndarray,
+        skip_nonfinite: bool,
+    ) -> torch.Tensor:
+        """Update the parameters at `positions`, in place with their momenta; those at `idle` as with zero gradients.
 
         Args:
             positions: int64 [num_slices].
-            grads: packed mean gradients in that order; None: zero gradients, not adapted (inactive="decay").
-            grad_norms: float64 [num_slices], norms of the slices.
+            grads: packed mean gradients in that order.
+            grad_norms: float64 [num_slices], norms of the slices; None: measured here.
+            idle: int64, positions of parameters whose momentum and weight decay go on, not adapted.
+            skip_nonfinite: write nothing where any gradient is not finite.
+
+        Returns: float64 [num_slices], the norms that were used.
         """
-        parameters = [self._parameters[position] for position in positions.tolist()]
-        values = hyper.read(positions)
-        left_out = hyper.treated_as_vectors(positions)
+        everything = np.concatenate([positions, idle])
+        parameters = [self._parameters[position] for position in everything.tolist()]
+        values = hyper.read(everything)
+        left_out = hyper.treated_as_vectors(everything)
         values["weight_decay"] = np.where(left_out, 0.0, values["weight_decay"])
-        adapt = ~left_out if grads is not None else np.zeros(positions.size, dtype=bool)
+        index = host_index(everything, self._norms.device)
         norms = ops.lars_update(
             parameters,
-            [self._momenta[position] for position in positions.tolist()],
-            grads if grads is not None else [None] * positions.size,
+            [self._momenta[position] for position in everything.tolist()],
+            _with_idle(grads, parameters, idle.size),
             nesterov=hyper.nesterov,
-            adapt=adapt,
-            param_norms=self._carried(positions, parameters),
-            grad_norms=grad_norms,
+            adapt=~left_out & (np.arange(everything.size) < positions.size),
+            param_norms=self._carried(everything, parameters, index),
+            grad_norms=None if grad_norms is None else torch.cat([grad_norms, grad_norms.new_zeros(idle.size)]),
+            skip_nonfinite=skip_nonfinite,
             **values,
         )
-        self._norms[positions] = np.asarray(norms.param_norms_after)
-        self._versions[positions] = [parameter._version for parameter in parameters]
-        self._pointers[positions] = [parameter.data_ptr() for parameter in parameters]
+        self._norms[index] = torch.as_tensor(norms.param_norms_after, device=self._norms.device)
+        self._versions[everything] = [parameter._version for parameter in parameters]
+        self._pointers[everything] = [parameter.data_ptr() for parameter in parameters]
+        return torch.as_tensor(norms.grad_norms)[: positions.size]
 
-    def _carried(self, positions: np.ndarray, parameters: list[torch.Tensor]) -> np.ndarray:
+    def _carried(self, positions: np.ndarray, parameters: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+        """float64 [num_parameters]: what the last step measured, NaN where that may be out of date."""
         self._steps += 1
         if self._steps % REMEASURE_EVERY == 0:
-            self._norms[:] = np.nan
+            self._norms.fill_(torch.nan)
         same = self._versions[positions] == [parameter._version for parameter in parameters]
         same &= self._pointers[positions] == [parameter.data_ptr() for parameter in parameters]
-        return np.where(same, self._norms[positions], np.nan)
+        carried = self._norms[index]
+        if not same.all():
+            carried[host_index(np.flatnonzero(~same), carried.device)] = torch.nan
+        return carried
 
 
 class SgdUpdate:
@@ -141,30 +155,56 @@ class SgdUpdate:
     def apply(
         self,
         positions: np.ndarray,
-        grads: torch.Tensor | None,
-        grad_norms: np.ndarray | None,
+        grads: torch.Tensor,
+        grad_norms: torch.Tensor | None,
         hyper: HyperParameters,
-    ) -> None:
-        """As `LarsUpdate.apply`; the norms are not needed."""
-        ops.sgd_update(
-            [self._parameters[position] for position in positions.tolist()],
-            [self._momenta[position] for position in positions.tolist()],
-            grads if grads is not None else [None] * positions.size,
+        *,
+        idle: np.ndarray,
+        skip_nonfinite: bool,
+    ) -> torch.Tensor:
+        """As `LarsUpdate.apply`; grad_norms are not needed."""
+        everything = np.concatenate([positions, idle])
+        parameters = [self._parameters[position] for position in everything.tolist()]
+        norms = ops.sgd_update(
+            parameters,
+            [self._momenta[position] for position in everything.tolist()],
+            _with_idle(grads, parameters, idle.size),
             nesterov=hyper.nesterov,
-            **hyper.read(positions),
+            skip_nonfinite=skip_nonfinite,
+            **hyper.read(everything),
         )
+        return torch.as_tensor(norms)[: positions.size]
 
 
-def slice_norms(packed: torch.Tensor, sizes: np.ndarray) -> np.ndarray:
+def slice_norms(packed: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
     """Norms of the slices of a packed buffer, float64 [num_slices]; not finite exactly where a slice is not."""
-    return np.sqrt(np.asarray(ops.squared_norms(packed, layout=sizes)))
+    return torch.sqrt(ops.squared_norms(packed, layout=sizes))
 
 
-def clip_packed(packed: torch.Tensor, norms: np.ndarray, max_norm: float) -> np.ndarray:
+def clip_packed(packed: torch.Tensor, norms: torch.Tensor, max_norm: float) -> torch.Tensor:
     """Scale a packed gradient, in place, to a total norm of at most `max_norm`; returns the slices' norms after it."""
-    total = float(np.sqrt(np.square(norms).sum()))
-    factor = min(1.0, max_norm / (total + 1e-6))
-    if factor < 1.0:
-        packed.mul_(factor)
-        norms = norms * factor
-    return norms
+    factor = (max_norm / (norms.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+    if packed.device.type == "cpu" and not factor.item() < 1.0:  # a device is not asked
+        return norms
+    packed.mul_(factor)
+    return norms * factor
+
+
+def host_index(positions: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Positions as an index on `device`; waits for nothing there."""
+    index = torch.from_numpy(positions)
+    return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
+
+
+def _with_idle(
+    grads: torch.Tensor, parameters: Sequence[torch.Tensor], num_idle: int
+) -> torch.Tensor | list[torch.Tensor | None]:
+    """The packed buffer as it is, or where parameters without a gradient follow, one slice each and None for those."""
+    if num_idle == 0:
+        return grads
+    slices: list[torch.Tensor | None] = []
+    offset = 0
+    for parameter in parameters[: len(parameters) - num_idle]:
+        slices.append(grads[offset:].as_strided(parameter.shape, parameter.stride()))
+        offset += parameter.numel()
+    return slices + [None] * num_idle

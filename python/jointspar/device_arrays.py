@@ -1,0 +1,100 @@
+"""Arrays in CUDA memory, of whichever library: where they are, which stream they are used on, new ones beside them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+Array = Any  # torch.Tensor, cupy.ndarray, or anything with DLPack or __cuda_array_interface__
+
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+class Place(NamedTuple):
+    """A CUDA device, and the library whose arrays and streams a call uses there ("torch" or "cupy")."""
+
+    device: int
+    library: str
+
+
+def place_of(array: Array) -> Place | None:
+    """Where an array in CUDA memory is; None for everything else (the operations' own checks tell what it is)."""
+    if isinstance(array, torch.Tensor):
+        return Place(array.device.index, "torch") if array.device.type == "cuda" else None
+    if isinstance(array, np.ndarray) or array is None:
+        return None
+    library = "cupy" if type(array).__module__.partition(".")[0] == "cupy" else "torch"
+    if hasattr(array, "__dlpack_device__"):
+        kind, index = array.__dlpack_device__()
+        return Place(int(index), library) if int(kind) in _DLPACK_CUDA else None
+    # This interface does not say which device: the current one, as CUDA itself assumes.
+    return Place(torch.cuda.current_device(), library) if hasattr(array, "__cuda_array_interface__") else None
+
+
+def stream_of(place: Place, array: Array) -> int:
+    """The cudaStream_t on which an operation on `array` belongs: its library's current stream on that device."""
+    if place.library == "cupy":
+        cupy = importlib.import_module("cupy")
+        return int(cupy.cuda.get_current_stream().ptr)
+    if not isinstance(array, torch.Tensor):
+        stream = getattr(array, "__cuda_array_interface__", {}).get("stream")
+        if stream:  # 1 and 2 are CUDA's own names of the legacy and the per-thread default stream
+            return int(stream)
+    return int(torch.cuda.current_stream(place.device).cuda_stream)
+
+
+def empty(place: Place, size: int, dtype: str) -> Array:
+    """An uninitialised 1-D array of the place's library."""
+    if place.library == "cupy":
+        cupy = importlib.import_module("cupy")
+        with cupy.cuda.Device(place.device):
+            return cupy.empty(size, dtype=dtype)
+    return torch.empty(size, dtype=getattr(torch, dtype), device=f"cuda:{place.device}")
+
+
+def to_device(place: Place, values: np.ndarray) -> Array:
+    """A copy of a host vector; waits for nothing on the device but the copy."""
+    copy = empty(place, values.size, values.dtype.name)
+    if place.library == "cupy":
+        copy.set(values)
+    else:
+        copy.copy_(torch.from_numpy(values))
+    return copy
+
+
+class Reading:
+    """A small vector on its way to the host.
+
+    From device memory it is copied into pinned memory, in order with the work on the current stream, and nothing waits
+    before `wait` is called.
+
+    Args:
+        values: 1-D torch tensor on any device, or NumPy array.
+        then: what to make of it on the host.
+    """
+
+    def __init__(
+        self, values: torch.Tensor | np.ndarray, then: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> None:
+        self._then = then
+        self._result: np.ndarray | None = None
+        self._event: torch.cuda.Event | None = None
+        if isinstance(values, torch.Tensor) and values.device.type == "cuda":
+            self._values: Any = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.current_stream(values.device).record_event()
+        else:
+            self._values = values
+
+    def wait(self) -> np.ndarray:
+        """The vector on the host."""
+        if self._result is None:
+            if self._event is not None:
+                self._event.synchronize()
+            host = np.asarray(self._values)
+            self._result = host if self._then is None else self._then(host)
+        return self._result

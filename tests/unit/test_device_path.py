@@ -1,0 +1,187 @@
+"""The optimizer's path on a device, rehearsed on the host: with lag=1 no step reads what it has only just started.
+
+A Reading is where values come back from a device. On the host it has its values at once, so a stand-in notes instead
+when each one was made and when somebody waited for it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import jointspar as js
+from jointspar import learning, ops, pipeline
+from jointspar.device_arrays import Reading
+
+OPERATIONS = (
+    "sample_layers", "project_probabilities", "update_probabilities", "pack_gradients", "unpack_gradients",
+    "add_packed", "squared_norms", "lars_update", "sgd_update",
+)  # fmt: skip
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, **arguments: float) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step(**arguments)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class Diary:
+    """Which step is under way, and which readings were waited for in the step that made them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0
+        self.num_made = 0
+        self.waited_at_once = 0
+        diary = self
+
+        class NotedReading(Reading):
+            def __init__(self, *arguments: object) -> None:
+                super().__init__(*arguments)  # type: ignore[arg-type]
+                self.made = diary.now
+                diary.num_made += 1
+
+            def wait(self):
+                diary.waited_at_once += self.made == diary.now
+                return super().wait()
+
+        for module in (pipeline, learning):
+            monkeypatch.setattr(module, "Reading", NotedReading)
+
+
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+@pytest.mark.parametrize("strategy", ["independent", "stratified", "shared"])
+@pytest.mark.parametrize("distribution", ["norm", "bandit", "uniform"])
+@pytest.mark.parametrize("arguments", [{}, {"max_norm": 0.1}], ids=["plain", "clipped"])
+def test_with_lag_nothing_is_waited_for_in_the_step_that_computes_it(
+    kind, strategy, distribution, arguments, monkeypatch
+):
+    diary = Diary(monkeypatch)
+    model = make_model()
+    sampling = js.Sampling(budget=0.5, strategy=strategy, distribution=distribution, lag=1)
+    optimizer = kind(model.named_parameters(), sampling=sampling)
+    for diary.now in range(12):
+        step(model, optimizer, seed=diary.now, **arguments)
+    assert diary.num_made >= 24
+    assert diary.waited_at_once == 0
+
+
+def test_without_lag_the_norms_are_read_in_the_same_step(monkeypatch):
+    diary = Diary(monkeypatch)
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=0.5))
+    step(model, optimizer, seed=0)
+    assert diary.waited_at_once > 0
+
+
+@pytest.mark.parametrize("inactive", ["skip", "decay"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+def test_a_step_takes_at_most_six_operations_whatever_the_number_of_tensors(kind, lag, inactive, monkeypatch):
+    calls: list[str] = []
+    for name in OPERATIONS:
+        original = getattr(ops, name)
+
+        def counted(*arguments, _name=name, _original=original, **settings):
+            calls.append(_name)
+            return _original(*arguments, **settings)
+
+        monkeypatch.setattr(ops, name, counted)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(40)))
+    sampling = js.Sampling(budget=0.5, lag=lag)
+    optimizer = kind(model.named_parameters(), inactive=inactive, sampling=sampling)
+    for seed in range(3):
+        calls.clear()
+        step(model, optimizer, seed=seed)
+        assert 1 <= len(calls) <= 6
+
+
+def test_the_packed_buffer_stays_where_it_is_once_it_has_seen_the_largest_set():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=2, lag=1))
+    places = set()
+    for seed in range(40):
+        step(model, optimizer, seed=seed)
+        if seed >= 20:
+            places.add(optimizer._pipeline.packer._buffer.data_ptr())
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("distribution", ["norm", "bandit"])
+def test_with_lag_the_probabilities_follow_one_step_later(distribution):
+    probabilities = {}
+    for lag in (0, 1):
+        model = make_model()
+        sampling = js.Sampling(budget=0.5, distribution=distribution, lag=lag)
+        optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
+        probabilities[lag] = [optimizer.probabilities]
+        for seed in range(2):
+            step(model, optimizer, seed=seed)
+            probabilities[lag].append(optimizer.probabilities)
+    initial = probabilities[0][0]
+    assert torch.equal(probabilities[1][0], initial)
+    assert torch.equal(probabilities[1][1], initial)
+    assert torch.equal(probabilities[1][2], probabilities[0][1])
+    assert not torch.equal(probabilities[0][1], initial)
+
+
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+@pytest.mark.parametrize("inactive", ["skip", "decay"])
+def test_with_lag_and_fixed_probabilities_the_steps_are_those_without(kind, inactive):
+    results = []
+    for lag in (0, 1):
+        model = make_model()
+        sampling = js.Sampling(budget=0.5, distribution="uniform", lag=lag)
+        optimizer = kind(model.named_parameters(), inactive=inactive, sampling=sampling)
+        for seed in range(10):
+            step(model, optimizer, seed=seed)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("inactive", ["skip", "decay"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_with_lag_a_non_finite_step_is_skipped_and_counted_one_step_later(value, inactive):
+    model = make_model()
+    sampling = js.Sampling(budget=0.5, lag=1)
+    optimizer = js.JointSparLARS(model.named_parameters(), inactive=inactive, sampling=sampling)
+    for seed in range(3):
+        step(model, optimizer, seed=seed)
+    before, probabilities = weights(model), optimizer.probabilities
+    optimizer.zero_grad()
+    model(torch.randn(8, 6)).square().mean().backward()
+    next(parameter for parameter in model.parameters() if parameter.grad is not None).grad.flatten()[0] = value
+    optimizer.step()
+    assert torch.equal(weights(model), before)
+    assert optimizer.stats.skipped_steps == 0
+    learnt = optimizer.probabilities
+    assert not torch.equal(learnt, probabilities)  # from the step before
+    step(model, optimizer, seed=9)
+    assert optimizer.stats.skipped_steps == 1
+    assert torch.equal(optimizer.probabilities, learnt)  # nothing is learnt from a skipped step
+    assert not torch.equal(weights(model), before)
+
+
+def test_with_lag_fifty_skipped_steps_in_a_row_are_an_error():
+    model = nn.Linear(2, 2)
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1.0, lag=1))
+
+    def poisoned() -> None:
+        optimizer.zero_grad()
+        (model(torch.ones(1, 2)).sum() * float("nan")).backward()
+        optimizer.step()
+
+    for _ in range(50):
+        poisoned()
+    with pytest.raises(js.errors.JointSparError, match="50 steps in a row"):
+        poisoned()
