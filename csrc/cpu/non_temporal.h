@@ -57,18 +57,51 @@ inline void finish_non_temporal() {
 #endif
 }
 
+// Whole cache lines: target, source and num_bytes are multiples of kLineBytes.
+constexpr std::size_t kLineBytes = 64;
+
+JOINTSPAR_INLINE void stream_lines(void* target, const void* source, std::size_t num_bytes) {
+#if defined(__SSE2__)
+    auto* to = static_cast<__m128i*>(target);
+    const auto* from = static_cast<const __m128i*>(source);
+    for (std::size_t word = 0; word < num_bytes / sizeof(__m128i); ++word) {
+        _mm_stream_si128(to + word, _mm_load_si128(from + word));
+    }
+#else
+    memcpy(target, source, num_bytes);
+#endif
+}
+
 // Writes target[0 .. size): fill(block, begin, count) computes elements [begin, begin + count) into block. Streaming
-// goes through a block in the first-level cache, so that kernels need no second, non-temporal form.
+// goes through a buffer in the first-level cache, so that kernels need no second, non-temporal form. It is aligned as
+// the target is, and only whole lines are streamed (a line written in part by plain and in part by streaming stores
+// costs more than it saves): what a block begins of a line waits in the buffer for the next block.
 template <class T, class Fill>
 JOINTSPAR_INLINE void write_blocks(T* target, int64_t size, bool streaming, Fill fill) {
+    if (!streaming) {
+        fill(target, 0, size);
+        return;
+    }
+    constexpr int64_t kLine = kLineBytes / sizeof(T);
     constexpr int64_t kBlockSize = 1024;  // a multiple of the lanes: blocks do not disturb the lane of an element
-    alignas(64) T staging[kBlockSize];
+    const auto bytes_of = [](int64_t count) { return static_cast<std::size_t>(count) * sizeof(T); };
+    alignas(kLineBytes) T buffer[static_cast<std::size_t>(kBlockSize + kLine)];
+    // Elements of the target's first line that are not ours. Element i of the target is at i + offset in the buffer.
+    const auto offset = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(target) % kLineBytes / sizeof(T));
     for (int64_t begin = 0; begin < size; begin += kBlockSize) {
         const int64_t count = std::min(kBlockSize, size - begin);
-        fill(streaming ? staging : target + begin, begin, count);
-        if (!streaming) continue;
-        copy_non_temporal(reinterpret_cast<std::byte*>(target + begin), reinterpret_cast<const std::byte*>(staging),
-                          static_cast<std::size_t>(count) * sizeof(T));
+        const int64_t filled = offset + count;
+        fill(buffer + offset, begin, count);
+        T* const to = target + begin - offset;
+        int64_t done = 0;
+        if (begin == 0 && offset != 0) {
+            done = std::min(kLine, filled);
+            memcpy(to + offset, buffer + offset, bytes_of(done - offset));
+        }
+        const int64_t whole = std::max(done, filled / kLine * kLine);
+        stream_lines(to + done, buffer + done, bytes_of(whole - done));
+        const bool is_last = begin + count == size;
+        memcpy(is_last ? to + whole : buffer, buffer + whole, bytes_of(filled - whole));
     }
 }
 
