@@ -51,7 +51,7 @@ def backend() -> ModuleType:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve the operations from one backend ("native" or "reference") inside a with block."""
+    """Serve the operations from one backend ("native", "numba" or "reference") inside a with block."""
     global _chosen
     before = _chosen
     _chosen = backends.load(name)
