@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar import ops
+from jointspar import backends, ops
 from support import Arrays, NumpyArrays, TorchArrays
 
 hypothesis.settings.register_profile("jointspar", deadline=None, derandomize=True, print_blob=True)
@@ -24,9 +24,9 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on each backend; one that was not built is a failure, not a skip."""
+    """Runs the test on each backend; one that was not built or installed is a failure, not a skip."""
     with ops.use_backend(request.param):
         yield request.param
 

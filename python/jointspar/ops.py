@@ -60,7 +60,7 @@ def backend() -> ModuleType:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve the operations on host arrays from one backend inside a with block."""
+    """Serve the operations on CPU arrays from one backend ("native", "numba", "reference") inside a with block."""
     global _chosen
     before = _chosen
     _chosen = backends.load(name)

@@ -29,6 +29,14 @@ def test_missing_backend_is_bad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "abacus" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["numba", "reference"])
+def test_a_backend_that_was_not_compiled_is_noted_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("JOINTSPAR_BACKEND", name)
+    (finding,) = doctor._check_kernels()
+    assert finding.level == "note"
+    assert f"backend {name}:" in finding.text
+
+
 @pytest.mark.parametrize(
     ("code", "stderr", "text"),
     [(-11, "", "signal 11"), (1, "...\nRuntimeError: cannot load MPI library\n", "cannot load MPI")],

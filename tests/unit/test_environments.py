@@ -38,14 +38,26 @@ def run(script: str) -> str:
 
 
 def test_a_plain_install_trains_without_mpi_or_any_extra() -> None:
-    blocked = ["mpi4py", "matplotlib", "sklearn", "tqdm", "PIL"]
+    blocked = ["mpi4py", "matplotlib", "numba", "sklearn", "tqdm", "PIL"]
     assert run(BLOCK.format(blocked=blocked) + TRAIN).startswith("jointspar.backends.native")
 
 
-def test_the_reference_serves_where_nothing_was_compiled() -> None:
-    native, reference = run(TRAIN).split(), run(BLOCK.format(blocked=["jointspar_ext"]) + TRAIN).split()
-    assert (native[0], reference[0]) == ("jointspar.backends.native", "jointspar.backends.reference")
-    assert float(native[1]) == pytest.approx(float(reference[1]), rel=1e-5)
+@pytest.mark.parametrize(
+    ("blocked", "module"), [(["jointspar_ext"], "numba_cpu"), (["jointspar_ext", "numba"], "reference")]
+)
+def test_another_backend_serves_where_nothing_was_compiled(blocked: list[str], module: str) -> None:
+    native, other = run(TRAIN).split(), run(BLOCK.format(blocked=blocked) + TRAIN).split()
+    assert (native[0], other[0]) == ("jointspar.backends.native", f"jointspar.backends.{module}")
+    assert float(native[1]) == pytest.approx(float(other[1]), rel=1e-5)
+
+
+def test_numba_is_not_imported_where_it_does_not_serve() -> None:
+    assert run(TRAIN + "import sys\nprint('numba' in sys.modules)\n").endswith("False\n")
+
+
+def test_numba_works_without_a_folder_for_its_cache() -> None:
+    nowhere = "import os\nos.environ.update(JOINTSPAR_BACKEND='numba', NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')\n"
+    assert run(nowhere + TRAIN).startswith("jointspar.backends.numba_cpu")
 
 
 def test_torch_without_the_fast_exchange_of_arrays_gives_the_same() -> None:

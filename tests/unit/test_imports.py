@@ -18,6 +18,11 @@ ORDER = (
     "comm", "step", "learning", "replicas", "pipeline", "optimizers", "checkpoint", "training", "cli", "__main__",
 )  # fmt: skip
 
+# The reference and the checks of arguments, which hold no arithmetic; numba may import the checks alone.
+REFERENCE = ("jointspar.backends.reference", "jointspar.backends.flat_arrays", "jointspar.backends.checked_calls")
+NUMBA = "jointspar.backends.numba_"
+INDEPENDENT_OF_NUMBA = ("jointspar.backends.reference", "jointspar.backends.native")
+
 MPI_FILE = "jointspar.comm.mpi"
 DISTRIBUTED_FILE = "jointspar.comm.torch_dist"
 
@@ -67,8 +72,12 @@ def reasons_against(module: str, name: str) -> Iterator[str]:
             yield "stages do not import each other"
         if other == "comm" and stage_of(module) != "exchange":
             yield "only step.exchange talks to comm"
-    if module.startswith("jointspar.backends.reference") and not is_reference_or_errors(name):
-        yield "the reference uses no code of the project"
+    if module.startswith(REFERENCE) and not is_reference_or_outside(name):
+        yield "the reference, and the checks that it shares, use no fast code of the project"
+    if module.startswith(NUMBA) and (other == "jointspar_ext" or name.startswith(INDEPENDENT_OF_NUMBA)):
+        yield "numba uses neither the compiled kernels nor the reference's arithmetic"
+    if name.split(".")[0] == "numba" and not module.startswith(NUMBA):
+        yield "only the numba backend may"
     if name.split(".")[0] == "mpi4py" and module != MPI_FILE:
         yield f"only {MPI_FILE} may"
     if name.startswith("torch.distributed") and module != DISTRIBUTED_FILE:
@@ -77,9 +86,9 @@ def reasons_against(module: str, name: str) -> Iterator[str]:
         yield "nothing is unpickled"
 
 
-def is_reference_or_errors(name: str) -> bool:
-    own = name.startswith("jointspar.backends.reference") or name == "jointspar.backends"
-    return own or unit_of(name) in ("", "errors")
+def is_reference_or_outside(name: str) -> bool:
+    own = name.startswith(REFERENCE) or name == "jointspar.backends"
+    return own or (unit_of(name) == "" and name.split(".")[0] != "numba")
 
 
 def stage_of(module: str) -> str:
@@ -135,6 +144,8 @@ def test_a_plain_chain_downwards_is_fine() -> None:
     assert broken_rules("from ...comm import Transport\nfrom . import ring", "jointspar.step.exchange.choose") == []
     assert broken_rules("from . import choose", "jointspar.step.exchange", is_package=True) == []
     assert broken_rules("import jointspar_ext._core", "jointspar.backends.native") == []
+    assert broken_rules("import numba\nfrom .checked_calls import check_draw", "jointspar.backends.numba_cpu") == []
+    assert broken_rules("from .checked_calls import check_draw", "jointspar.backends.reference") == []
     assert broken_rules("from mpi4py import MPI", MPI_FILE) == []
 
 
@@ -153,7 +164,14 @@ def test_a_plain_chain_downwards_is_fine() -> None:
         ("jointspar.backends.native", "from .. import ops"),
         ("jointspar.backends.reference", "from . import native"),
         ("jointspar.backends.reference", "import jointspar_ext"),
-        ("jointspar.backends.reference_arrays", "from ..arguments import vector"),
+        ("jointspar.backends.reference", "import numba"),
+        ("jointspar.backends.reference", "from jointspar.backends import numba_cpu"),
+        ("jointspar.backends.flat_arrays", "from ..arguments import vector"),
+        ("jointspar.backends.checked_calls", "from jointspar.backends.numba_kernels import squared_norm"),
+        ("jointspar.backends.numba_cpu", "from jointspar.backends import native"),
+        ("jointspar.backends.numba_cpu", "from jointspar_ext._core import lars_update"),
+        ("jointspar.backends.numba_probabilities", "from .reference_probabilities import random_bits"),
+        ("jointspar.backends", "import numba"),
         ("jointspar.training.loop", "from ..cli import main"),
         ("jointspar.training.loop", "from mpi4py import MPI"),
         ("jointspar.optimizers", "import torch.distributed as dist"),

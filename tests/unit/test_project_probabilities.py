@@ -120,6 +120,7 @@ def test_the_ends_of_the_feasible_range_are_exact(backend: str) -> None:
         ("log_weights", [0.0, math.nan], 1.0, 0.1),
         ("log_weights", [0.0, math.inf], 1.0, 0.1),
         ("log_weights", [0.0, -math.inf], 1.0, 0.1),
+        ("log_weights", [[0.0, 0.0]], 1.0, 0.1),
     ],
 )
 def test_infeasible_or_non_finite_input_is_an_error_naming_the_argument(
@@ -162,11 +163,12 @@ def test_agrees_with_the_enumeration_of_active_sets(backend: str, rng: np.random
         np.testing.assert_allclose(project(backend, log_weights, budget, p_min), expected, rtol=1e-9)
 
 
-def test_backends_agree_to_rounding(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("other", ["numba", "reference"])
+def test_backends_agree_with_native_to_rounding(rng: np.random.Generator, other: str) -> None:
     for num_layers, spread in itertools.product((1, 2, 10, 161), SPREADS):
         for _ in range(5):
             problem = random_problem(rng, num_layers, spread)
-            np.testing.assert_allclose(project("native", *problem), project("reference", *problem), rtol=1e-13)
+            np.testing.assert_allclose(project("native", *problem), project(other, *problem), rtol=1e-13)
 
 
 @given(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar import ops
+from jointspar import backends, ops
 from support import (
     DTYPES,
     NORM_TOLERANCE,
@@ -162,6 +162,16 @@ def test_non_finite_gradients_reach_only_their_own_elements(library: Arrays) -> 
     assert np.isfinite(library.float64(params[1])).all()
     assert math.isnan(norms[0])
     assert math.isfinite(norms[1])
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 5), (1, 3), (6,)])
+def test_the_backends_themselves_refuse_hyper_of_another_shape(
+    backend: str, library: Arrays, shape: tuple[int, ...]
+) -> None:
+    params, momenta, grads = ([library.array([1.0, 2.0]), library.array([3.0])] for _ in range(3))
+    with pytest.raises(ValueError, match="hyper"):
+        backends.load(backend).sgd_update(params, momenta, grads, hyper=np.ones(shape), nesterov=False)
+    assert [library.float64(param).tolist() for param in params] == [[1.0, 2.0], [3.0]]
 
 
 def test_nothing_updates_nothing() -> None:

@@ -8,10 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointspar import ops
+from jointspar import backends, ops
 from support import DTYPES, SIZES, TOLERANCE, Arrays, TorchArrays, at_odd_offset, bits, relative_error
-
-BACKENDS = ("native", "reference")
 
 sizes_strategy = st.lists(st.integers(0, 70), max_size=6)
 offset_strategy = st.integers(0, 3)
@@ -23,7 +21,7 @@ def random_tensors(sizes: list[int], dtype: str, seed: int, offset: int = 0) -> 
     return [at_odd_offset(TorchArrays(), rng.standard_normal(size), dtype, offset) for size in sizes]
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("backend_name", backends.BACKENDS)
 @settings(max_examples=60)
 @given(sizes=sizes_strategy, dtype=dtype_strategy, offset=offset_strategy, seed=st.integers(0, 2**32 - 1))
 def test_pack_then_unpack_gives_back_every_bit(
@@ -37,7 +35,7 @@ def test_pack_then_unpack_gives_back_every_bit(
     assert [bits(out) for out in outs] == [bits(grad) for grad in grads]
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("backend_name", backends.BACKENDS)
 @settings(max_examples=60)
 @given(sizes=sizes_strategy, wire=dtype_strategy, target=dtype_strategy, seed=st.integers(0, 2**32 - 1))
 def test_unpack_with_add_adds_what_unpack_writes(
@@ -54,7 +52,7 @@ def test_unpack_with_add_adds_what_unpack_writes(
         assert error <= max(TOLERANCE[target], 1e-6 if "float64" not in (wire, target) else 0.0) * largest
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("backend_name", backends.BACKENDS)
 @settings(max_examples=60)
 @given(size=st.integers(0, 200), dtype=dtype_strategy, offset=offset_strategy, seed=st.integers(0, 2**32 - 1))
 def test_add_packed_gives_the_bits_of_torch_in_float32(
@@ -79,6 +77,15 @@ def test_every_size_is_cast_into_the_targets(
     received = np.concatenate([library.float64(out) for out in outs])
     exact = TOLERANCE[target] <= TOLERANCE[wire] and {wire, target} != {"bfloat16", "float16"}
     assert relative_error(received, library.float64(packed)) <= (0.0 if exact else TOLERANCE[target])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_16_bit_pattern_is_widened_to_the_bits_of_torch(backend: str, dtype: str) -> None:
+    packed = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(getattr(torch, dtype))
+    packed = packed[~packed.isnan()]
+    out = torch.empty(packed.numel())
+    ops.unpack_gradients(packed, [out])
+    assert bits(out) == bits(packed.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -163,6 +163,10 @@ def test_the_largest_float64_is_a_valid_squared_norm(backend: str) -> None:
         ("squared_norms", {"squared_norms": [1.0, math.nan]}),
         ("squared_norms", {"squared_norms": [math.inf, 1.0]}),
         ("squared_norms", {"squared_norms": [-1.0, 1.0]}),
+        ("squared_norms", {"squared_norms": [1.0]}),
+        ("active", {"active": [True]}),
+        ("drawn_probabilities", {"drawn_probabilities": [0.5]}),
+        ("probabilities", {"probabilities": [[0.5, 0.5]]}),
         ("gradient_bound", {"gradient_bound": math.nan}),
         ("gradient_bound", {"gradient_bound": -1.0}),
         ("bandit_lr", {"bandit_lr": math.inf}),
@@ -192,16 +196,17 @@ def test_out_may_be_the_input_and_is_untouched_on_error(backend: str) -> None:
     np.testing.assert_allclose(p[0], 1 / (1 + math.exp(-0.1)), rtol=1e-14)
 
 
-def test_backends_agree_to_rounding(rng: np.random.Generator) -> None:
-    native, reference = backends.load("native"), backends.load("reference")
+@pytest.mark.parametrize("other", ["numba", "reference"])
+def test_backends_agree_with_native_to_rounding(rng: np.random.Generator, other: str) -> None:
+    native, another = backends.load("native"), backends.load(other)
     for index in range(200):
         step = random_step(rng)
         arguments: dict[str, Any] = {"drawn_probabilities": step["q"], "gradient_bound": 10.0 ** rng.uniform(-3, 3)}
         arguments |= {"budget": step["budget"], "p_min": step["p_min"], "bandit_lr": 0.5, "shift": bool(index % 2)}
         ours, bound = native.update_probabilities(step["p"], step["n2"], step["active"], **arguments)
-        theirs, reference_bound = reference.update_probabilities(step["p"], step["n2"], step["active"], **arguments)
+        theirs, other_bound = another.update_probabilities(step["p"], step["n2"], step["active"], **arguments)
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-        assert bound == pytest.approx(reference_bound, rel=1e-15)
+        assert bound == pytest.approx(other_bound, rel=1e-15)
 
 
 def test_layers_with_larger_gradients_end_with_larger_probabilities(rng: np.random.Generator) -> None:

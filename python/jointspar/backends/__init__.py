@@ -1,6 +1,7 @@
 """Makers of the fused operations behind `jointspar.ops`, tried in the order of BACKENDS.
 
-Every backend exports the same functions on arrays and NumPy vectors. `reference` is the readable truth.
+Every backend exports the same functions on arrays and NumPy vectors. `native` was compiled when jointspar was
+installed, `numba` compiles itself at its first use, `reference` is the readable truth.
 """
 
 from __future__ import annotations
@@ -13,20 +14,36 @@ from typing import Any
 from jointspar.backends.on_device import OnDevice
 from jointspar.device_arrays import Place
 
-BACKENDS = ("native", "reference")
-DEVICE_BACKENDS = {"native": "jointspar_ext._cuda", "cupy": f"{__name__}.cupy_jit"}
+# Modules by backend: of this package for arrays on the CPU; for CUDA arrays, what OnDevice calls.
+_MODULES = {name: f"{__name__}.{module}" for name, module in (
+    ("native", "native"), ("numba", "numba_cpu"), ("reference", "reference"),
+)}  # fmt: skip
+_DEVICE_MODULES = {"native": "jointspar_ext._cuda", "cupy": f"{__name__}.cupy_jit"}
+BACKENDS = tuple(_MODULES)
+DEVICE_BACKENDS = tuple(_DEVICE_MODULES)
 ENVIRONMENT_VARIABLE = "JOINTSPAR_BACKEND"
 
 _loaded: dict[str, ModuleType] = {}
 
 
 def load(name: str) -> ModuleType:
-    """Import one backend. Raises ValueError for an unknown name, ImportError where it was not built."""
+    """Import one backend. Raises ValueError for an unknown name, ImportError where it is not installed."""
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)} (set by {ENVIRONMENT_VARIABLE})")
-    if name not in _loaded:
-        _loaded[name] = importlib.import_module(f"{__name__}.{name}")
-    return _loaded[name]
+    return _import(_MODULES[name])
+
+
+def choose() -> ModuleType:
+    """The backend that JOINTSPAR_BACKEND forces, else the first that imports; "cupy" is about CUDA arrays only."""
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced and (forced in BACKENDS or forced not in DEVICE_BACKENDS):
+        return load(forced)
+    for name in BACKENDS[:-1]:
+        try:
+            return load(name)
+        except ImportError:
+            continue
+    return load(BACKENDS[-1])
 
 
 def on_device(place: Place, array: Any) -> OnDevice:
@@ -37,7 +54,7 @@ def on_device(place: Place, array: Any) -> OnDevice:
     reasons = []
     for name in [forced] if forced else DEVICE_BACKENDS:
         try:
-            return OnDevice(_load_kernels(name), place, array)
+            return OnDevice(_import(_DEVICE_MODULES[name]), place, array)
         except ImportError as error:
             reasons.append(f"{name}: {error}")
     raise RuntimeError(
@@ -46,21 +63,12 @@ def on_device(place: Place, array: Any) -> OnDevice:
     )
 
 
-def _load_kernels(name: str) -> ModuleType:
-    module = DEVICE_BACKENDS[name]
+def _import(module: str) -> ModuleType:
     if module not in _loaded:
         _loaded[module] = importlib.import_module(module)
     return _loaded[module]
 
 
-def choose() -> ModuleType:
-    """The backend that JOINTSPAR_BACKEND forces, else the first that imports."""
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
-        return load(forced)
-    for name in BACKENDS[:-1]:
-        try:
-            return load(name)
-        except ImportError:
-            continue
-    return load(BACKENDS[-1])
+def name_of(backend: ModuleType) -> str:
+    """The name that `load` gives this backend for."""
+    return next(name for name, module in _MODULES.items() if backend.__name__ == module)

@@ -11,17 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointspar.backends.reference_arrays import (
-    FlatArray,
-    check_disjoint,
-    check_lengths,
-    check_same_layout,
-    check_size,
-    flat_arrays,
-    flat_buffer,
-    optional_flat_arrays,
-    slices,
-)
+from jointspar.backends.checked_calls import norm_slices, pack_slices, packed_pair, unpack_slices, update_tensors
 from jointspar.backends.reference_probabilities import project_probabilities, sample_layers, update_probabilities
 
 __all__ = [
@@ -45,63 +35,35 @@ def pack_gradients(grads: Sequence[Array | None], scales: np.ndarray, sizes: np.
     The product is formed in float32 (float64 where source or packed is float64), then rounded to the packed dtype.
     Returns float64 [num_tensors]: squared norms before scaling.
     """
-    target = flat_buffer("out", packed, writable=True)
-    sources = optional_flat_arrays("grads", grads)
-    check_lengths(len(sources), scales=scales, sizes=sizes)
-    parts = slices("sizes", target, sizes)
-    for source, part in zip(sources, parts, strict=True):
-        if source is not None:
-            check_size(source, part.numel())
-    check_disjoint([target], sources)
-    norms = np.zeros(len(sources))
-    for k, (source, part) in enumerate(zip(sources, parts, strict=True)):
+    tensors = pack_slices(grads, scales, sizes, packed)
+    norms = np.zeros(len(tensors))
+    for k, (source, part) in enumerate(tensors):
         if source is None:
             part.zero_()
             continue
-        compute = _compute_dtype(source.values, part)
-        _store(part, source.values.to(compute) * torch.tensor(scales[k], dtype=compute))
-        norms[k] = _squared_norm(source.values)
+        compute = _compute_dtype(source, part)
+        _store(part, source.to(compute) * torch.tensor(scales[k], dtype=compute))
+        norms[k] = _squared_norm(source)
     return norms
 
 
 def unpack_gradients(packed: Array, outs: Sequence[Array], add: bool) -> None:
     """outs[k] = packed slice k, or outs[k] += it; mutates `outs`. Sums round as in `pack_gradients`."""
-    source = flat_buffer("packed", packed)
-    targets = flat_arrays("outs", outs, writable=True)
-    sizes = np.array([target.values.numel() for target in targets], dtype=np.int64)
-    parts = slices("outs", source, sizes)
-    check_disjoint(targets, [source])
-    for target, part in zip(targets, parts, strict=True):
+    for target, part in unpack_slices(packed, outs):
         if add:
-            _add(target.values, part)
+            _add(target, part)
         else:
-            _store(target.values, part)
+            _store(target, part)
 
 
 def add_packed(out: Array, packed: Array) -> None:
     """out += packed, of one dtype and size; mutates `out`. 16-bit types are added in float32."""
-    target, source = flat_buffer("out", out, writable=True), flat_buffer("packed", packed)
-    if target.values.dtype != source.values.dtype:
-        raise TypeError(f"packed: {source.values.dtype}, but out is {target.values.dtype}")
-    check_size(source, target.values.numel())
-    check_disjoint([target], [source])
-    _add(target.values, source.values)
+    _add(*packed_pair(out, packed))
 
 
 def squared_norms(grads: Sequence[Array] | Array, sizes: np.ndarray | None) -> np.ndarray:
     """float64 [num_tensors]: sum of squares of each array, or of each slice of a 1-D packed buffer."""
-    if not isinstance(grads, (list, tuple)):
-        if sizes is None:
-            raise TypeError("sizes: a packed buffer needs the sizes of its slices")
-        parts = slices("sizes", flat_buffer("grads", grads), sizes)
-    else:
-        flats = flat_arrays("grads", grads)
-        parts = [flat.values for flat in flats]
-        if sizes is not None:
-            check_lengths(len(flats), sizes=sizes)
-            for flat, size in zip(flats, sizes.tolist(), strict=True):
-                check_size(flat, size)
-    return np.array([_squared_norm(part) for part in parts], dtype=np.float64)
+    return np.array([_squared_norm(part) for part in norm_slices(grads, sizes)], dtype=np.float64)
 
 
 def lars_update(
@@ -130,8 +92,8 @@ def lars_update(
     Returns: float64 [num_tensors] each: ||g|| that was used, ||w|| after the update as stored.
     Source: You, Gitman & Ginsburg 2017, with the learning rate outside the velocity as in torch.optim.
     """
-    tensors = _update_tensors(params, momenta, grads)
-    check_lengths(len(tensors), hyper=hyper, adapt=adapt, param_norms=param_norms, grad_norms=grad_norms)
+    known = {"adapt": adapt, "param_norms": param_norms, "grad_norms": grad_norms}
+    tensors = update_tensors(params, momenta, grads, hyper, 5, **known)
     norms_before = _fill_in(param_norms, [param for param, _, _ in tensors])
     used_norms = _fill_in(grad_norms, [grad for _, _, grad in tensors])
     if skip_nonfinite and not np.isfinite(used_norms).all():
@@ -162,8 +124,7 @@ def sgd_update(
     hyper: float64 [num_tensors, 3]: lr, momentum, weight_decay. skip_nonfinite as in `lars_update`.
     Returns float64 [num_tensors]: ||g||.
     """
-    tensors = _update_tensors(params, momenta, grads)
-    check_lengths(len(tensors), hyper=hyper)
+    tensors = update_tensors(params, momenta, grads, hyper, 3)
     grad_norms = np.array([_norm(grad) for _, _, grad in tensors])
     if skip_nonfinite and not np.isfinite(grad_norms).all():
         return grad_norms
@@ -171,45 +132,6 @@ def sgd_update(
         lr, momentum, weight_decay = hyper[k].tolist()
         _momentum_step(param, velocity, grad, lr, momentum, weight_decay, 1.0, nesterov)
     return grad_norms
-
-
-def _update_tensors(
-    params: Sequence[Array], momenta: Sequence[Array], grads: Sequence[Array | None] | Array
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(param, momentum, grad) of each tensor as flat views, everything checked; a None grad becomes zeros."""
-    weights, velocities = flat_arrays("params", params, writable=True), flat_arrays("momenta", momenta, writable=True)
-    check_lengths(len(weights), momenta=velocities)
-    for weight, velocity in zip(weights, velocities, strict=True):
-        check_same_layout(velocity, weight)
-        expected = torch.float64 if weight.values.dtype == torch.float64 else torch.float32
-        if velocity.values.dtype != expected:
-            raise TypeError(f"{velocity.name}: is {velocity.values.dtype}, expected {expected}")
-    grad_values, grad_arrays = _update_grads(weights, grads)
-    check_disjoint([*weights, *velocities], grad_arrays)
-    return [
-        (weight.values, velocity.values, grad)
-        for weight, velocity, grad in zip(weights, velocities, grad_values, strict=True)
-    ]
-
-
-def _update_grads(
-    weights: list[FlatArray], grads: Sequence[Array | None] | Array
-) -> tuple[list[torch.Tensor], Sequence[FlatArray | None]]:
-    """One flat gradient a tensor, and the arrays that they lie in."""
-    if not isinstance(grads, (list, tuple)):
-        packed = flat_buffer("grads", grads)
-        sizes = np.array([weight.values.numel() for weight in weights], dtype=np.int64)
-        return slices("params", packed, sizes), [packed]
-    sources = optional_flat_arrays("grads", grads)
-    check_lengths(len(weights), grads=sources)
-    for source, weight in zip(sources, weights, strict=True):
-        if source is not None:
-            check_same_layout(source, weight)
-    values = [
-        torch.zeros(weight.values.numel()) if source is None else source.values
-        for source, weight in zip(sources, weights, strict=True)
-    ]
-    return values, sources
 
 
 def _momentum_step(

@@ -1,4 +1,4 @@
-"""The sampling distribution in readable float64 Python: draws, projection, Algorithm 1. No other part of jointspar."""
+"""The sampling distribution in readable float64 Python: draws, projection, Algorithm 1."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
+from jointspar.backends.checked_calls import check_bandit_step, check_draw, check_projection
+
 ALL_RANKS = 0xFFFFFFFF  # stands in for the rank in draws that all ranks have in common
 BERNOULLI, LAYER_ORDER, OFFSET, RANK_ORDER = range(4)  # purposes: the last word of the counter
 ONE = 2**40  # 1.0 in the fixed point of coordinated draws
-MAX_WORLD_SIZE = 2**24
 
 
 def philox4x32_10(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -54,9 +55,7 @@ def sample_layers(
     Returns: bool [num_layers].
     Source: Liu & Mozafari 2022, Algorithm 2; stratified and systematic draws are extensions.
     """
-    _check_draw(probabilities, seed, step, rank, world_size)
-    if strategy not in ("independent", "stratified", "shared") or draw not in ("bernoulli", "systematic"):
-        raise ValueError(f"strategy {strategy!r} or draw {draw!r} is unknown")
+    check_draw(probabilities, seed, step, rank, world_size, strategy, draw)
     num_layers = len(probabilities)
     stream_rank = rank if strategy == "independent" else ALL_RANKS
     rotation = _rank_position(seed, step, rank, world_size) * ONE // world_size if strategy == "stratified" else 0
@@ -104,9 +103,7 @@ def project_probabilities(log_weights: np.ndarray, *, budget: float, p_min: floa
     Source: Liu & Mozafari 2022, Algorithm 1; KKT conditions.
     """
     num_layers = len(log_weights)
-    _check_feasible(num_layers, budget, p_min)
-    if not np.isfinite(log_weights).all():
-        raise ValueError("log_weights: holds a NaN or infinity")
+    check_projection(log_weights, budget, p_min)
     if budget >= num_layers:
         return np.ones(num_layers)
     if budget <= p_min * num_layers:
@@ -167,7 +164,7 @@ def update_probabilities(
     Returns: (float64 [num_layers], L). With L = 0 or nothing active the probabilities are unchanged.
     Source: Liu & Mozafari 2022, Algorithm 1.
     """
-    _check_update(probabilities, drawn_probabilities, squared_norms[active], gradient_bound, bandit_lr)
+    check_bandit_step(probabilities, squared_norms, active, drawn_probabilities, gradient_bound, bandit_lr)
     norms = np.sqrt(squared_norms[active])  # not their squares: L^2 may overflow where L does not
     bound = max([math.sqrt(0.99) * gradient_bound, *norms.tolist()])
     if bound == 0.0 or not active.any():
@@ -180,34 +177,3 @@ def update_probabilities(
     log_weights = np.log(probabilities)
     log_weights[active] -= bandit_lr * loss / drawn
     return project_probabilities(log_weights, budget=budget, p_min=p_min), bound
-
-
-def _check_draw(probabilities: np.ndarray, seed: int, step: int, rank: int, world_size: int) -> None:
-    if not ((probabilities >= 0.0) & (probabilities <= 1.0)).all():
-        raise ValueError("probabilities: values must be in [0, 1]")
-    if not 1 <= world_size <= MAX_WORLD_SIZE:
-        raise ValueError(f"world_size: must be in [1, {MAX_WORLD_SIZE}]")
-    for name, value, end in (("seed", seed, 2**64), ("step", step, 2**32), ("rank", rank, world_size)):
-        if not 0 <= value < end:
-            raise ValueError(f"{name}: must be in [0, {end})")
-
-
-def _check_feasible(num_layers: int, budget: float, p_min: float) -> None:
-    tolerance = 1e-9 * max(1.0, budget)
-    if not 0.0 < p_min <= 1.0:
-        raise ValueError("p_min: must be in (0, 1]")
-    if not (math.isfinite(budget) and p_min * num_layers - tolerance <= budget <= num_layers + tolerance):
-        raise ValueError(f"budget: {budget} is outside [p_min * num_layers, num_layers]")
-
-
-def _check_update(
-    probabilities: np.ndarray, drawn: np.ndarray, active_n2: np.ndarray, gradient_bound: float, bandit_lr: float
-) -> None:
-    for name, values in (("probabilities", probabilities), ("drawn_probabilities", drawn)):
-        if not ((values > 0.0) & (values <= 1.0)).all():
-            raise ValueError(f"{name}: values must be in (0, 1]")
-    if not (np.isfinite(active_n2) & (active_n2 >= 0.0)).all():
-        raise ValueError("squared_norms: values of active layers must be finite and not negative")
-    for name, value in (("gradient_bound", gradient_bound), ("bandit_lr", bandit_lr)):
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name}: must be finite and not negative")

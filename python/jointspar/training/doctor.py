@@ -75,15 +75,18 @@ def _check_versions() -> Iterator[Finding]:
 
 def _check_kernels() -> Iterator[Finding]:
     try:
-        backend = backends.choose().__name__.rpartition(".")[2]
+        backend = backends.name_of(backends.choose())
     except (ImportError, ValueError) as error:
         yield Finding("bad", "kernels", f"no backend can be loaded: {error}", "unset JOINTSPAR_BACKEND, or reinstall")
         return
     if backend != "native":
         advice = "pip install jointspar with a C++17 compiler at hand; unset JOINTSPAR_BACKEND if it is set"
-        yield Finding(
-            "note", "kernels", f"backend {backend}: right, but slow; the compiled kernels are not used", advice
-        )
+        if backend == "numba":
+            text = "backend numba: loops compiled at first use, one thread; the compiled kernels are not used"
+        else:
+            text = f"backend {backend}: right, but slow; the compiled kernels are not used"
+            advice += "; or pip install numba"
+        yield Finding("note", "kernels", text, advice)
         return
     information = importlib.import_module("jointspar_ext._core").build_info
     described = ", ".join(f"{key} {value}" for key, value in information.items())

@@ -1,4 +1,4 @@
-"""Arrays of the reference backend: every check, and views of their elements in memory order."""
+"""Arrays as flat tensors of their elements in memory order, with every check. No arithmetic: backends share it."""
 
 from __future__ import annotations
 
