@@ -63,6 +63,15 @@ def on_device(place: Place, array: Any) -> OnDevice:
     )
 
 
+def has_device_backend(name: str) -> bool:
+    """Whether one of DEVICE_BACKENDS can be loaded here."""
+    try:
+        _import(_DEVICE_MODULES[name])
+    except ImportError:
+        return False
+    return True
+
+
 def _import(module: str) -> ModuleType:
     if module not in _loaded:
         _loaded[module] = importlib.import_module(module)

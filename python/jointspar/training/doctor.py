@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from jointspar import __version__, backends
+from jointspar.comm import cuda_mpi
 from jointspar.training.config import DATASETS, local_ranks, threads_per_rank, usable_cores
 from jointspar.training.datasets import DatasetError, load_dataset
 
@@ -28,16 +29,10 @@ _OPENMP_LIBRARY = re.compile(r"/(lib(gomp|iomp5|omp)[^/]*\.so[^/]*)$")
 
 # Runs in a process of its own: a broken MPI ends its process instead of raising.
 _MPI_PROBE = """
-import ctypes, json, re
+import json, re
 from mpi4py import MPI
-with open("/proc/self/maps") as maps:
-    paths = {line.split()[-1] for line in maps if re.search(r"/libmpi[^/]*\\.so", line)}
-cuda = None
-for path in paths:
-    query = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
-    cuda = cuda if query is None else bool(query())
 version = re.split("[,\\n]", MPI.Get_library_version().strip("\\0 \\n"))[0]
-print(json.dumps({"version": " ".join(version.split()), "cuda": cuda, "size": MPI.COMM_WORLD.Get_size()}))
+print(json.dumps({"version": " ".join(version.split())}))
 """
 
 
@@ -143,7 +138,7 @@ def _check_mpi() -> Iterator[Finding]:
         return
     found = json.loads(child.stdout.splitlines()[-1])
     yield Finding("ok", "MPI", f"{found['version']} under mpi4py starts")
-    yield _cuda_finding(found["cuda"])
+    yield _cuda_mpi_finding()
     yield _launcher_finding(found["version"])
 
 
@@ -154,11 +149,30 @@ def _broken_mpi(returncode: int, stderr: str) -> Finding:
     return Finding("bad", "MPI", f"does not start: {how}", advice)
 
 
-def _cuda_finding(is_cuda_aware: bool | None) -> Finding:
-    if is_cuda_aware:
-        return Finding("ok", "CUDA-aware", "yes")
-    text = "no" if is_cuda_aware is False else "no (this MPI has no way to ask)"
-    return Finding("ok", "CUDA-aware", text + "; not needed, gradients are exchanged in host memory")
+def _cuda_mpi_finding() -> Finding:
+    try:
+        verdict = cuda_mpi.decide()
+    except ValueError as error:
+        return Finding("bad", "CUDA-aware", str(error), f"unset {cuda_mpi.ENVIRONMENT_VARIABLE}")
+    if verdict.is_usable:
+        return Finding("ok", "CUDA-aware", f"yes: {verdict.reason}; MPI gets device memory")
+    text = f"no: {verdict.reason}; gradients on a device are exchanged through pinned host memory"
+    return Finding("note" if torch.cuda.is_available() else "ok", "CUDA-aware", text)
+
+
+def _check_cuda() -> Iterator[Finding]:
+    """The kernels for arrays on a device, and the device."""
+    built = [name for name in backends.DEVICE_BACKENDS if backends.has_device_backend(name)]
+    kernels = f"kernels for CUDA arrays: {', '.join(built) or 'none'}"
+    if not torch.cuda.is_available():
+        yield Finding("ok", "CUDA", f"{kernels}; torch sees no device")
+        return
+    described = f"{kernels}; {torch.cuda.get_device_name()}, torch's CUDA {torch.version.cuda}"
+    if built:
+        yield Finding("ok", "CUDA", described)
+    else:
+        advice = "reinstall where nvcc is found (JOINTSPAR_CUDA_EXT=1), or pip install 'jointspar[cuda]'"
+        yield Finding("note", "CUDA", described, advice)
 
 
 def _launcher_finding(library: str) -> Finding:
@@ -196,6 +210,7 @@ def _check_datasets() -> Iterator[Finding]:
 _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _check_versions,
     _check_kernels,
+    _check_cuda,
     _check_openmp,
     _check_threads,
     _check_mpi,
