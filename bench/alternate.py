@@ -6,14 +6,24 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
+import torch
 
-def alternate(variants: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1) -> dict[str, float]:
-    """Median milliseconds per call of each variant; a round times `repeats` calls of every variant in turn."""
+
+def alternate(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1, cold: bool = False
+) -> dict[str, float]:
+    """Median milliseconds per call of each variant; a round times `repeats` calls of every variant in turn.
+
+    cold: read something larger than the caches before each call, so that no variant pays for what the one before it
+    left there to be written back.
+    """
+    elsewhere = torch.zeros(40_000_000 if cold else 0)
     for call in variants.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
+            elsewhere.sum()
             start = time.perf_counter()
             for _ in range(repeats):
                 call()

@@ -33,6 +33,7 @@ def variants(wire_dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     packed_float = torch.zeros(sum(sizes))
     float_slices = list(packed_float.split(sizes))
     scales = np.full(len(grads), SCALE)
+    unpacked = [torch.zeros_like(grad) for grad in grads]  # not the gradients: they would double in each round
 
     def mul_out() -> None:
         torch._foreach_norm(grads)
@@ -52,7 +53,7 @@ def variants(wire_dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "copy": lambda: torch._foreach_copy_(slices, flat_grads),
         "native": lambda: native.pack_gradients(grads, scales, np.array(sizes), packed),
         "native_squared_norms": lambda: native.squared_norms(grads),
-        "native_unpack": lambda: native.unpack_gradients(packed, grads, False),
+        "native_unpack": lambda: native.unpack_gradients(packed, unpacked, False),
     }
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     for num_threads in options.threads:
         torch.set_num_threads(num_threads)
         for name, wire_dtype in WIRE_DTYPES.items():
-            medians_ms = alternate(variants(wire_dtype), rounds=options.rounds)
+            medians_ms = alternate(variants(wire_dtype), rounds=options.rounds, cold=True)
             print_ratios(f"pack_gradients to {name}, {num_threads} threads", medians_ms, peers=PEERS)
 
 
