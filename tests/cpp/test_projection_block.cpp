@@ -186,6 +186,24 @@ TEST(the_work_is_bounded_whatever_the_weights) {
     CHECK(most <= 120);
 }
 
+// The level of c that decides is far below the largest weight, and the two lower groups differ by one unit in the last
+// place: 1.8e-12 of their q.
+TEST(neighbouring_log_weights_far_below_the_largest_are_told_apart) {
+    const double low = -1e4 / 3, high = std::nextafter(low, 0.0);
+    for (double largest : {1.0, 1e4 / 7}) {
+        for (int i = 0; i < 60; ++i) {
+            const double deficit = 1e-13 * i;
+            for (const double target : {1.0 - deficit, 0.25 * (1.0 + deficit)}) {
+                Problem problem{{largest}, 1.0 + 1000 * target, 0.25};
+                for (int d = 0; d < 1000; ++d) problem.log_weights.push_back(d % 2 ? low : high);
+                const Values q = project_by_one_thread(problem);
+                check_feasible(problem, q);
+                CHECK(largest_difference(q, project_in_long_double(problem)) <= 1e-14);
+            }
+        }
+    }
+}
+
 TEST(larger_weights_never_get_less) {
     for_each_problem({{10, 100}, {161, 20}}, [](Problem problem) {
         std::sort(problem.log_weights.begin(), problem.log_weights.end());
