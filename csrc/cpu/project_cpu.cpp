@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common/argument_checks.h"
 #include "jointspar/project_probabilities.h"
 
 namespace jointspar {
@@ -29,16 +30,7 @@ class CompensatedSum {
     double error_ = 0.0;
 };
 
-void check_arguments(const double* log_weights, std::int64_t num_layers, double budget, double p_min) {
-    const double tolerance = 1e-9 * std::max(1.0, budget);
-    const double count = static_cast<double>(num_layers);
-    if (num_layers < 0) throw std::invalid_argument("log_weights has a negative length");
-    if (!(p_min > 0.0 && p_min <= 1.0)) throw std::invalid_argument("p_min must be in (0, 1]");
-    if (!std::isfinite(budget)) throw std::invalid_argument("budget must be finite");
-    if (!(budget <= count + tolerance)) throw std::invalid_argument("budget must be at most the number of layers");
-    if (!(budget >= p_min * count - tolerance)) {
-        throw std::invalid_argument("budget must be at least p_min times the number of layers");
-    }
+void check_finite(const double* log_weights, std::int64_t num_layers) {
     for (std::int64_t d = 0; d < num_layers; ++d) {
         if (!std::isfinite(log_weights[d])) {
             throw std::invalid_argument("log_weights[" + std::to_string(d) + "] must be finite");
@@ -137,7 +129,8 @@ class Projection {
 
 void project_probabilities_cpu(const double* log_weights, std::int64_t num_layers, double budget, double p_min,
                                double* probabilities) {
-    check_arguments(log_weights, num_layers, budget, p_min);
+    check_budget(num_layers, budget, p_min);
+    check_finite(log_weights, num_layers);
     const double count = static_cast<double>(num_layers);
     if (budget >= count || budget <= p_min * count) {
         std::fill(probabilities, probabilities + num_layers, budget >= count ? 1.0 : p_min);

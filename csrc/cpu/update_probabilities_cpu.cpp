@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/argument_checks.h"
 #include "common/bandit_math.h"
 #include "jointspar/project_probabilities.h"
 
@@ -44,31 +45,22 @@ double update_probabilities_cpu(const double* probabilities, const double* drawn
     if (!(gradient_bound >= 0.0 && std::isfinite(gradient_bound))) {
         throw std::invalid_argument("gradient_bound must be finite and not negative");
     }
-    if (!(params.bandit_lr >= 0.0 && std::isfinite(params.bandit_lr))) {
-        throw std::invalid_argument("bandit_lr must be finite and not negative");
-    }
+    check_bandit_lr(params.bandit_lr);
     check_probabilities("probabilities", probabilities, num_layers);
     check_probabilities("drawn_probabilities", drawn_probabilities, num_layers);
     check_squared_norms(squared_norms, active, num_layers);
 
-    // Norms, not their squares: L^2 may leave the range of float64 where L does not.
-    const double bound =
-        std::max(std::sqrt(0.99) * gradient_bound, std::sqrt(largest_active(squared_norms, active, num_layers)));
+    const double bound = updated_bound(gradient_bound, largest_active(squared_norms, active, num_layers));
     if (bound == 0.0 || std::none_of(active, active + num_layers, [](std::uint8_t is_active) { return is_active; })) {
         std::copy(probabilities, probabilities + num_layers, updated_probabilities);
         return bound;
     }
     const double mean_probability = params.budget / static_cast<double>(num_layers);
+    const BanditGain gain{bound, mean_probability, params.p_min, params.bandit_lr, params.shift};
     std::vector<double> log_weights(static_cast<std::size_t>(num_layers));
     for (std::int64_t d = 0; d < num_layers; ++d) {
-        double gain = 0.0;
-        if (active[d]) {
-            const double norm_ratio = std::sqrt(squared_norms[d]) / bound;
-            const double drawn = drawn_probabilities[d];
-            gain = params.shift ? shifted_bandit_gain(norm_ratio, drawn, params.p_min, params.bandit_lr)
-                                : bandit_gain(norm_ratio, drawn, mean_probability, params.bandit_lr);
-        }
-        log_weights[static_cast<std::size_t>(d)] = std::log(probabilities[d]) + gain;
+        log_weights[static_cast<std::size_t>(d)] =
+            std::log(probabilities[d]) + (active[d] ? gain(squared_norms[d], drawn_probabilities[d]) : 0.0);
     }
     project_probabilities_cpu(log_weights.data(), num_layers, params.budget, params.p_min, updated_probabilities);
     return bound;

@@ -103,7 +103,7 @@ TEST(sgd_is_lars_that_does_not_adapt) {
     lars_update_cpu(&tensor, 1, {}, nullptr, nullptr, &grad_norm, &norm_after);
     const UpdateTensor sgd = lars_tensor(other_param, other_momentum, grad).update;
     double sgd_grad_norm = 0.0;
-    sgd_update_cpu(&sgd, 1, false, &sgd_grad_norm);
+    sgd_update_cpu(&sgd, 1, false, false, &sgd_grad_norm);
     CHECK(other_param == param);
     CHECK(other_momentum == momentum_buffer);
     CHECK(sgd_grad_norm == grad_norm);
