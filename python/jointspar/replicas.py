@@ -20,7 +20,7 @@ def broadcast_parameters(comm: Transport, parameters: Sequence[torch.Tensor]) ->
         return
     for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        flat = torch.cat([parameter.reshape(-1) for parameter in same])
+        flat = torch.cat([parameter.reshape(-1) for parameter in same]).cpu()
         comm.broadcast(flat, 0, what=f"weights of rank 0 ({dtype})")
         _copy_back(flat, same)
 
@@ -39,7 +39,7 @@ def sync_buffers(model: torch.nn.Module, comm: Transport | None = None) -> None:
         return
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     shapes = stable_hash([[list(buffer.shape), str(buffer.dtype)] for buffer in buffers])
-    flat = torch.cat([torch.empty(0, dtype=torch.float64), *(buffer.reshape(-1).double() for buffer in buffers)])
+    flat = torch.cat([torch.empty(0, dtype=torch.float64), *(buffer.reshape(-1).double().cpu() for buffer in buffers)])
     _copy_back(average(flat, comm, what="averaging buffers", detail=shapes), buffers)
 
 

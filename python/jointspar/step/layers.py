@@ -130,6 +130,8 @@ def _clean_names(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[
         uses[clean] = uses.get(clean, 0) + 1
         names.append(clean if uses[clean] == 1 else f"model{uses[clean]}.{clean}")
         parameters.append(parameter)
+        if parameter.device != parameters[0].device:
+            raise ValueError(f"params: {name!r} is on {parameter.device}, but {names[0]!r} on {parameters[0].device}")
     return names, parameters
 
 
@@ -140,8 +142,8 @@ def _check_parameter(name: str, parameter: torch.Tensor) -> None:
         raise ValueError(f"params: {name!r} must be a dense floating-point tensor, not {parameter.dtype}")
     if torch.empty_like(parameter).stride() != parameter.stride():
         raise ValueError(f"params: {name!r} is a view with gaps or overlaps; use parameter.contiguous()")
-    if parameter.device.type != "cpu":
-        raise ValueError(f"params: {name!r} is on {parameter.device}; this version's kernels run on the CPU")
+    if parameter.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"params: {name!r} is on {parameter.device}; the kernels run on the CPU and on CUDA devices")
 
 
 def _module_of(name: str) -> str:
