@@ -49,9 +49,9 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,doctor,bench}")
     train = commands.add_parser(
         "train",
-        help="train a model, alone or under mpirun",
-        description="Train a model, alone or under `mpirun -n N`. Writes summary.json, metrics.jsonl, curves.png and "
-        "checkpoint/ into --out.",
+        help="train a model, alone or under mpirun or torchrun",
+        description="Train a model, alone or under `mpirun -n N` or `torchrun --nproc-per-node N`. Writes "
+        "summary.json, metrics.jsonl, curves.png and checkpoint/ into --out.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar.comm import mpi
 from jointspar.comm.hashing import stable_hash
 from jointspar.step.exchange import choose
+from support import launched
 
 pytestmark = pytest.mark.mpi
 
@@ -85,7 +85,7 @@ def check_every_segment_and_window_size(transport):
 
 
 def sum_everything():
-    transport = mpi(timeout=30)
+    transport = launched(timeout=30)
     for dtype in FLOATS:
         check_sums(transport, "ring", dtype)
         check_sums(transport, "auto", dtype)
@@ -107,7 +107,7 @@ def test_exchanges_sum_over_ranks_with_the_same_bits_everywhere(checks):
 
 def interrupt_a_ring():
     """Rank 0 is interrupted between two waits of a ring; the transport must not be used after that."""
-    transport = mpi(timeout=5, on_failure="raise")
+    transport = launched(timeout=5, on_failure="raise")
     ring = importlib.import_module("jointspar.step.exchange.ring")
 
     def interrupted(out, packed):
