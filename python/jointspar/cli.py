@@ -136,7 +136,9 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         help="of gradients in transit: float32, bfloat16, float16 (default: as the weights)",
     )
     wire.add_argument(
-        "--exchange", metavar="X", help="how gradients are summed over the ranks: auto (default), allreduce, ring"
+        "--exchange",
+        metavar="X",
+        help="how gradients are summed over the ranks: auto (default), allreduce, ring, two_shot",
     )
 
 

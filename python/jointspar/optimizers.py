@@ -275,7 +275,8 @@ class JointSparLARS(_JointSparOptimizer):
         sampling: see `Sampling`.
         comm: transport of the ranks; default `jointspar.comm.world()`.
         wire_dtype: dtype of the exchanged buffer; default float32 (float64 when a parameter is float64).
-        exchange: "allreduce" (the MPI library's), "ring" (own, any dtype) or "auto".
+        exchange: "allreduce" (the transport library's), "ring" (own, any dtype), "two_shot" (own, any dtype, sends only
+            what ranks computed) or "auto" (allreduce or ring).
 
     Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.

@@ -15,7 +15,7 @@ from jointspar.device_arrays import Reading
 from jointspar.errors import JointSparError
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
-from jointspar.step.exchange.choose import choose
+from jointspar.step.exchange import Slices, choose
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
 from jointspar.step.probabilities import LayerDistribution
@@ -62,6 +62,7 @@ class Pipeline:
         self.layers, self.sampling, self.comm = layers, sampling, comm
         self.packer = Packer(layers.parameters, layers.names, wire_dtype)
         self._exchange = choose(exchange, comm, self.packer.wire_dtype)
+        self._sends_only_computed = exchange == "two_shot"
         self._decays_idle = inactive == "decay"
         settings = {"optimizer": optimizer_name, "inactive": inactive, "exchange": exchange}
         self.agreement = self._agree(settings)
@@ -96,9 +97,9 @@ class Pipeline:
         stats.phase_ms.clear()
         self.backward.observe()
         with stats.phase("plan"):
-            counts = self.agreement.wait_plan().sum(axis=0)
+            plan = self.agreement.wait_plan()
         with stats.phase("pack"):
-            exchanged = self._pack(counts, grad_scale)
+            exchanged = self._pack(plan, grad_scale)
         packed, sent_before = exchanged.mean_grad, self.comm.bytes_sent
         with stats.phase("go"):
             lesson = self._lesson_to_learn(exchanged)
@@ -115,7 +116,9 @@ class Pipeline:
         payload_before = self.comm.bytes_sent
         with stats.phase("exchange"):
             if exchanged.is_finite:
-                self._exchange(self.comm, packed, what=f"step {self.step_count} exchange")
+                what = f"step {self.step_count} exchange"
+                slices = Slices(exchanged.layout.sizes, exchanged.layout.computed)
+                self._exchange(self.comm, packed, what=what, slices=slices)
         self._count_bytes(sent_before, payload_before, exchanged.layout)
         if exchanged.is_finite and (not self.sampling.lag or is_looked_at or max_norm is not None):
             with stats.phase("measure"):
@@ -234,10 +237,13 @@ class Pipeline:
         """This step's, or with lag=1 that of the step before."""
         return self._lesson if self.sampling.lag else exchanged.lesson
 
-    def _pack(self, counts: np.ndarray, grad_scale: float) -> Exchanged:
-        """This rank's gradients in one buffer, which the exchange then sums in place."""
-        layers = self.layers
-        layout = self.packer.layout(layers.wanted_parameters(counts > 0) & self.backward.updatable)
+    def _pack(self, plan: np.ndarray, grad_scale: float) -> Exchanged:
+        """This rank's gradients in one buffer, which the exchange then sums in place.
+
+        plan: bool [world_size, num_layers], what each rank computed.
+        """
+        layers, counts = self.layers, plan.sum(axis=0)
+        layout = self.packer.layout(layers.wanted_parameters(plan) & self.backward.updatable)
         scales = gradient_scales(self.sampling.strategy, self.drawn, counts, self.comm.world_size)
         of_parameter = np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale
         packed, squared_norms = self.packer.pack(layout, layers.wanted_parameters(self.active), of_parameter)
@@ -257,7 +263,9 @@ class Pipeline:
 
     def _count_bytes(self, sent_before: int, payload_before: int, layout: PackedLayout) -> None:
         payload = self.comm.bytes_sent - payload_before
-        if payload:
+        if self._sends_only_computed:  # where every rank computed everything it would send what a ring does
+            self._sent_per_byte = 2 * (self.comm.world_size - 1) / self.comm.world_size
+        elif payload:
             self._sent_per_byte = payload / (layout.total * self.packer.wire_dtype.itemsize)
         self.stats.sent_bytes = self.comm.bytes_sent - sent_before
         self.stats.dense_bytes = round(self.packer.dense_bytes(self.backward.updatable) * self._sent_per_byte)

@@ -1,7 +1,9 @@
 """Stage 4, packed_grad to mean_grad: several ways to sum one packed buffer over the ranks, behind one interface."""
 
 from jointspar.step.exchange.allreduce import allreduce
-from jointspar.step.exchange.choose import Exchange, choose
+from jointspar.step.exchange.choose import choose
+from jointspar.step.exchange.interface import Exchange, Slices
 from jointspar.step.exchange.ring import ring
+from jointspar.step.exchange.two_shot import two_shot
 
-__all__ = ["Exchange", "allreduce", "choose", "ring"]
+__all__ = ["Exchange", "Slices", "allreduce", "choose", "ring", "two_shot"]
