@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jointspar.comm import local
-from jointspar.step.exchange import choose
+from jointspar.step.exchange import candidates
 from jointspar.step.exchange.ring import ring
 from jointspar.step.exchange.scratch import Scratch
 from late_transport import on_threads
@@ -23,7 +23,8 @@ def test_ring_never_touches_memory_that_a_message_still_uses(world_size, length)
 def test_one_rank_keeps_what_it_has():
     packed = torch.arange(5.0)
     for name in ("auto", "allreduce", "ring", "two_shot"):
-        choose(name, local(), torch.float32)(local(), packed, what="test")
+        for exchange in candidates(name, local(), torch.float32).values():
+            exchange(local(), packed, what="test")
     assert torch.equal(packed, torch.arange(5.0))
 
 
@@ -37,19 +38,6 @@ def test_scratch_slots_do_not_overlap_and_are_reused():
     assert smaller[0].data_ptr() == slots[0].data_ptr()
     assert {slot.numel() for slot in smaller} == {7}
     assert all(slot.numel() == 0 for slot in Scratch().slots(4, 0, torch.float64))
-
-
-def test_an_exchange_that_cannot_sum_the_dtype_is_refused_with_what_to_use():
-    class OnlyFloat32:
-        name = "mpi: some"
-
-        def can_allreduce(self, dtype):
-            return dtype == torch.float32
-
-    with pytest.raises(ValueError, match=r"mpi: some cannot sum torch\.bfloat16: use exchange='ring' or 'two_shot'"):
-        choose("allreduce", OnlyFloat32(), torch.bfloat16)
-    with pytest.raises(ValueError, match="exchange: 'tree' is not one of"):
-        choose("tree", OnlyFloat32(), torch.float32)
 
 
 @pytest.mark.parametrize("packed", [torch.ones(2, 2), torch.ones(8)[::2]])
