@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import pytest
 import torch
+
+from jointspar import comm
 
 # Around the kernels' chunk of 16,384 elements and around the width of vector registers.
 SIZES = (0, 1, 31, 32, 33, 16383, 16384, 16385, 100003)
@@ -96,3 +99,8 @@ def same_bits_on_1_and_2_threads(run: Callable[[], Sequence[Any]]) -> bool:
         torch.set_num_threads(num_threads)
         results.append([bits(array) for array in run()])
     return results[0] == results[1]
+
+
+def launched(**options: Any) -> comm.transport.Transport:
+    """The transport of the launcher that started this rank, also for one rank alone."""
+    return comm.torch_dist(**options) if "TORCHELASTIC_RUN_ID" in os.environ else comm.mpi(**options)

@@ -226,6 +226,8 @@ def _rank_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tup
         yield f"distribution.{name}", tensor
     for name, tensor in own["lesson"].items():
         yield f"lesson.{name}", tensor
+    for name, tensor in own["exchange"].items():
+        yield f"exchange.{name}", tensor
     yield "trainable", own["trainable"]
     yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], dtype=torch.int64)
     yield "random_state", torch.get_rng_state()
@@ -241,6 +243,7 @@ def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
         "trainable": own["trainable"],
         "distribution": distribution,
         "lesson": _take(own, "lesson."),
+        "exchange": _take(own, "exchange."),
     }
 
 

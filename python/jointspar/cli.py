@@ -49,9 +49,9 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,doctor,bench}")
     train = commands.add_parser(
         "train",
-        help="train a model, alone or under mpirun",
-        description="Train a model, alone or under `mpirun -n N`. Writes summary.json, metrics.jsonl, curves.png and "
-        "checkpoint/ into --out.",
+        help="train a model, alone or under mpirun or torchrun",
+        description="Train a model, alone or under `mpirun -n N` or `torchrun --nproc-per-node N`. Writes "
+        "summary.json, metrics.jsonl, curves.png and checkpoint/ into --out.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -136,7 +136,9 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         help="of gradients in transit: float32, bfloat16, float16 (default: as the weights)",
     )
     wire.add_argument(
-        "--exchange", metavar="X", help="how gradients are summed over the ranks: auto (default), allreduce, ring"
+        "--exchange",
+        metavar="X",
+        help="how gradients are summed over the ranks: auto (default), allreduce, ring, two_shot",
     )
 
 

@@ -13,6 +13,7 @@ from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 from jointspar.pipeline import Exchanged, Pipeline
 from jointspar.replicas import broadcast_parameters
+from jointspar.step.exchange import Costs
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
@@ -102,6 +103,14 @@ class _JointSparOptimizer(torch.optim.Optimizer):
     def stats(self) -> Stats:
         """Bytes, active layers and times, of the last step and in total."""
         return self._pipeline.stats
+
+    @property
+    def exchange_costs(self) -> Costs | None:
+        """What exchange="auto" measured at construction, in seconds; None where there was no choice.
+
+        `stats.exchange` says what the last step took.
+        """
+        return self._pipeline.chooser.costs
 
     @property
     def mean_grads(self) -> Mapping[str, torch.Tensor]:
@@ -275,7 +284,10 @@ class JointSparLARS(_JointSparOptimizer):
         sampling: see `Sampling`.
         comm: transport of the ranks; default `jointspar.comm.world()`.
         wire_dtype: dtype of the exchanged buffer; default float32 (float64 when a parameter is float64).
-        exchange: "allreduce" (the MPI library's), "ring" (own, any dtype) or "auto".
+        exchange: "allreduce" (the transport library's), "ring" (own, any dtype), "two_shot" (own, any dtype, sends only
+            what ranks computed), or "auto": for each step the one that promises the least time, by a measurement at
+            construction (well under a second). With three ranks or more the three round differently, so name one where
+            separate runs must give the same bits; a resumed run keeps the measurement of its state.
 
     Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.

@@ -15,7 +15,7 @@ from jointspar.device_arrays import Reading
 from jointspar.errors import JointSparError
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
-from jointspar.step.exchange.choose import choose
+from jointspar.step.exchange import Chooser, Slices
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
 from jointspar.step.probabilities import LayerDistribution
@@ -61,7 +61,8 @@ class Pipeline:
     ) -> None:
         self.layers, self.sampling, self.comm = layers, sampling, comm
         self.packer = Packer(layers.parameters, layers.names, wire_dtype)
-        self._exchange = choose(exchange, comm, self.packer.wire_dtype)
+        is_partial = sampling.strategy != "shared"
+        self.chooser = Chooser(exchange, comm, self.packer.wire_dtype, is_partial=is_partial)
         self._decays_idle = inactive == "decay"
         settings = {"optimizer": optimizer_name, "inactive": inactive, "exchange": exchange}
         self.agreement = self._agree(settings)
@@ -73,8 +74,8 @@ class Pipeline:
         self.skipped_in_a_row = 0
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
         self.stats = Stats()
-        self._sent_per_byte = 0.0  # what the last exchange sent for each byte of its buffer
         self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
+        self.chooser.measure(self.packer.dense_bytes(np.ones(len(layers.parameters), dtype=bool)))
         self.draw_next()
 
     def exchange_gradients(
@@ -96,10 +97,12 @@ class Pipeline:
         stats.phase_ms.clear()
         self.backward.observe()
         with stats.phase("plan"):
-            counts = self.agreement.wait_plan().sum(axis=0)
+            plan = self.agreement.wait_plan()
         with stats.phase("pack"):
-            exchanged = self._pack(counts, grad_scale)
+            exchanged = self._pack(plan, grad_scale)
         packed, sent_before = exchanged.mean_grad, self.comm.bytes_sent
+        slices = Slices(exchanged.layout.sizes, exchanged.layout.computed)
+        stats.exchange = self.chooser.choose(slices)
         with stats.phase("go"):
             lesson = self._lesson_to_learn(exchanged)
             local = np.zeros(self.layers.num_layers) if lesson is None else lesson.local.wait()
@@ -108,15 +111,17 @@ class Pipeline:
                 step=self.step_count,
                 count=exchanged.layout.total,
                 dtype=packed.dtype,
-                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable]),
+                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable, stats.exchange]),
                 values=np.append(local, found_inf),
             )
         exchanged.gathered, exchanged.is_finite = gathered[:, :-1], not gathered[:, -1].any()
-        payload_before = self.comm.bytes_sent
         with stats.phase("exchange"):
             if exchanged.is_finite:
-                self._exchange(self.comm, packed, what=f"step {self.step_count} exchange")
-        self._count_bytes(sent_before, payload_before, exchanged.layout)
+                what = f"step {self.step_count} exchange"
+                self.chooser.exchange(stats.exchange, packed, what=what, slices=slices)
+        stats.sent_bytes = self.comm.bytes_sent - sent_before
+        dense_bytes = self.packer.dense_bytes(self.backward.updatable)
+        stats.dense_bytes = self.chooser.sent_bytes(stats.exchange, dense_bytes)
         if exchanged.is_finite and (not self.sampling.lag or is_looked_at or max_norm is not None):
             with stats.phase("measure"):
                 self._measure(exchanged, max_norm)
@@ -208,6 +213,7 @@ class Pipeline:
                 for name, value in arrays.items()
             },
             "lesson": {} if self._lesson is None else self._lesson.state_dict(),
+            "exchange": self.chooser.state_dict(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -227,17 +233,21 @@ class Pipeline:
         self.step_count = int(state["step"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
-        self.agreement.go(Op.LOAD, step=self.step_count)
+        self.chooser.load_state_dict(state["exchange"])
+        self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash(self.chooser.costs))
         self.draw_next()
 
     def _lesson_to_learn(self, exchanged: Exchanged) -> Lesson | None:
         """This step's, or with lag=1 that of the step before."""
         return self._lesson if self.sampling.lag else exchanged.lesson
 
-    def _pack(self, counts: np.ndarray, grad_scale: float) -> Exchanged:
-        """This rank's gradients in one buffer, which the exchange then sums in place."""
-        layers = self.layers
-        layout = self.packer.layout(layers.wanted_parameters(counts > 0) & self.backward.updatable)
+    def _pack(self, plan: np.ndarray, grad_scale: float) -> Exchanged:
+        """This rank's gradients in one buffer, which the exchange then sums in place.
+
+        plan: bool [world_size, num_layers], what each rank computed.
+        """
+        layers, counts = self.layers, plan.sum(axis=0)
+        layout = self.packer.layout(layers.wanted_parameters(plan) & self.backward.updatable)
         scales = gradient_scales(self.sampling.strategy, self.drawn, counts, self.comm.world_size)
         of_parameter = np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale
         packed, squared_norms = self.packer.pack(layout, layers.wanted_parameters(self.active), of_parameter)
@@ -254,13 +264,6 @@ class Pipeline:
     def _reading(self, norms: torch.Tensor, positions: np.ndarray) -> Reading:
         """Squared norms by layer, of norms of slices."""
         return Reading(norms, lambda values: self.layers.sum_by_layer(np.square(values), positions))
-
-    def _count_bytes(self, sent_before: int, payload_before: int, layout: PackedLayout) -> None:
-        payload = self.comm.bytes_sent - payload_before
-        if payload:
-            self._sent_per_byte = payload / (layout.total * self.packer.wire_dtype.itemsize)
-        self.stats.sent_bytes = self.comm.bytes_sent - sent_before
-        self.stats.dense_bytes = round(self.packer.dense_bytes(self.backward.updatable) * self._sent_per_byte)
 
     def _agree(self, settings: dict[str, Any]) -> Agreement:
         """Compare layout and settings with the other ranks. Raises DesyncError on all of them where any differ."""

@@ -10,7 +10,6 @@ from jointspar import comm as comm_module
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Op, current_agreement
 from jointspar.comm.transport import Transport
-from jointspar.step.exchange.choose import choose
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def average(values: torch.Tensor, comm: Transport, *, what: str, detail: int = 0
     if comm.world_size > 1:
         agreement = current_agreement(comm)
         agreement.go(Op.AVERAGE, step=agreement.step, count=mean.numel(), dtype=mean.dtype, hyper_hash=detail)
-        choose("auto", comm, mean.dtype)(comm, mean, what=what)
+        comm.allreduce(mean, what=what)
         mean /= comm.world_size
     return mean
 

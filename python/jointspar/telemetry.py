@@ -17,14 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 class Stats:
     """Figures of the last step and totals since construction, on this rank.
 
-    `sent_bytes` is what this rank handed to its transport; `dense_bytes` what the same exchange would have sent for all
-    layers. `weight_grad_flops_skipped` is None until `count_flops` was called on the optimizer. Times are wall-clock
-    milliseconds of the last step, by phase.
+    `exchange` names how the gradients were summed. `sent_bytes` is what this rank handed to its transport;
+    `dense_bytes` what the same exchange would have sent for all layers. `weight_grad_flops_skipped` is None until
+    `count_flops` was called on the optimizer. Times are wall-clock milliseconds of the last step, by phase.
     """
 
     steps: int = 0
     skipped_steps: int = 0
     active_fraction: float = 0.0
+    exchange: str = ""
     sent_bytes: int = 0
     dense_bytes: int = 0
     total_sent_bytes: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import jobs
 from jointspar import cli
 from jointspar.training.config import TrainConfig, flag
 from jointspar.training.doctor import find_launcher
@@ -123,3 +124,11 @@ def test_under_mpirun_rank_0_speaks_for_all(tmp_path: Path, flags: tuple[str, ..
     assert job.returncode == 2, job.stderr
     assert job.stderr.count("jointspar train: --budget") == 1
     assert "Traceback" not in job.stderr
+
+
+@pytest.mark.mpi
+def test_under_torchrun_rank_0_speaks_for_all(tmp_path: Path) -> None:
+    flags = ["--out", str(tmp_path / "run"), "--budget", "6"]
+    job = jobs.run_job([*jobs.find_launcher("torchrun"), "2", sys.executable, "-m", "jointspar", "train", *flags], 100)
+    assert job.code == 1, job.output  # torchrun's own, whatever its ranks return
+    assert job.output.count("jointspar train: --budget") == 1

@@ -85,7 +85,11 @@ def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("rank_variable", "size_variable"),
-    [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"), ("PMI_RANK", "MPI_LOCALNRANKS")],
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "MPI_LOCALNRANKS"),
+        ("RANK", "LOCAL_WORLD_SIZE"),
+    ],
 )
 def test_launchers_are_recognised(rank_variable: str, size_variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*config_module.RANK_VARIABLES, *config_module.LOCAL_SIZE_VARIABLES):

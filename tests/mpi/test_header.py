@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar.comm import mpi
 from jointspar.comm.header import Agreement, Op
 from jointspar.errors import DesyncError
+from support import launched
 
 pytestmark = pytest.mark.mpi
 
@@ -77,7 +77,7 @@ def next_step(agreed):
 
 
 def agree_and_differ():
-    transport = mpi(timeout=20, on_failure="raise")
+    transport = launched(timeout=20, on_failure="raise")
     agreed = agreement(transport)
     train(transport, agreed, 20)
     agreed.go(Op.SAVE, step=20)
@@ -97,7 +97,7 @@ def test_ranks_that_differ_raise_on_every_rank_and_equal_ones_train(checks):
 
 
 def start_with_another_seed():
-    transport = mpi()
+    transport = launched()
     print(f"FAULT {time.time()}\n", end="", flush=True)
     agreement(transport, seed=transport.rank // 2)
 
@@ -110,7 +110,7 @@ def test_an_uncaught_difference_prints_on_every_rank_and_ends_the_job(run_ranks)
 
 
 def leave_early():
-    transport = mpi()
+    transport = launched()
     agreed = agreement(transport)
     train(transport, agreed, 3)
     agreed.post_plan(3, np.ones(70, dtype=bool))

@@ -1,6 +1,9 @@
 """The optimizers on several ranks: against one rank, against the formulas, and when ranks differ."""
 
 import copy
+import json
+import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +14,9 @@ import torch
 from torch import nn
 
 import jointspar as js
+from jobs import find_launcher, run_job, run_on_ranks
 from jointspar.errors import CheckpointError, DesyncError
+from jointspar.step.exchange import Costs
 
 
 def make_model(dtype=torch.float32, seed=0):
@@ -52,7 +57,7 @@ def assert_same_on_all_ranks(comm, tensor):
 def many_ranks_equal_one_rank_on_the_joined_batch():
     comm = js.comm.world()
     for kind, settings in ((js.JointSparLARS, dict(lr=0.5, trust_coefficient=0.02)), (js.JointSparSGD, dict(lr=0.1))):
-        for exchange in ("allreduce", "ring"):
+        for exchange in ("allreduce", "ring", "two_shot"):
             model, twin = make_model(seed=comm.rank), make_model(seed=0)  # rank 0's weights go to all
             sampling = js.Sampling(budget=1.0)
             optimizer = kind(model.named_parameters(), sampling=sampling, exchange=exchange, **settings)
@@ -95,10 +100,10 @@ def check_layer(strategy, found, dense, name, active, probabilities):
     torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-14)
 
 
-def check_strategy(comm, strategy, draw):
+def check_strategy(comm, strategy, draw, exchange):
     model, size = make_model(torch.float64), comm.world_size
     sampling = js.Sampling(budget=0.5, strategy=strategy, draw=draw, distribution="bandit", bandit_lr=0.3)
-    optimizer = js.JointSparSGD(model.named_parameters(), lr=0.05, sampling=sampling)
+    optimizer = js.JointSparSGD(model.named_parameters(), lr=0.05, sampling=sampling, exchange=exchange)
     for step in range(12):
         active = gather(comm, optimizer.active.double().numpy())
         probabilities = gather(comm, optimizer.probabilities.numpy())
@@ -126,12 +131,13 @@ def mean_grad_is_what_the_strategy_says():
     comm = js.comm.world()
     for strategy in ("independent", "stratified", "shared"):
         for draw in ("systematic", "bernoulli"):
-            check_strategy(comm, strategy, draw)
+            check_strategy(comm, strategy, draw, "auto")
+        check_strategy(comm, strategy, "systematic", "two_shot")
 
 
 def a_nan_on_one_rank_is_skipped_on_all():
     comm = js.comm.world()
-    for exchange, wire in (("allreduce", None), ("ring", None), ("ring", "bfloat16")):
+    for exchange, wire in (("allreduce", None), ("ring", None), ("two_shot", "bfloat16")):
         model = make_model()
         optimizer = js.JointSparLARS(
             model.named_parameters(), exchange=exchange, wire_dtype=wire, sampling=js.Sampling()
@@ -191,6 +197,60 @@ def a_short_wire_trains_to_the_same_weights_on_all_ranks():
         assert 0 < optimizer.stats.total_sent_bytes < optimizer.stats.steps * (2 * weights(model).numel() + 2000)
 
 
+def check_rounding(comm, exchange, wire):
+    """mean_grad against the float64 sum of what the ranks computed: one rounding to pack, one at each addition."""
+    model = make_model()
+    sampling = js.Sampling(budget=0.5)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=sampling, wire_dtype=wire, exchange=exchange)
+    roundings = comm.world_size * torch.finfo(getattr(torch, wire)).eps / 2
+    layer_of = {layer.name: index for index, layer in enumerate(optimizer.layers)}
+    for step in range(4):
+        active = gather(comm, optimizer.active.double().numpy())
+        count, p = active.sum(axis=0), optimizer.probabilities.numpy()
+        optimizer.zero_grad()
+        backward(model, batch_of(step, comm.rank))
+        optimizer.synchronize()
+        for name, parameter in model.named_parameters():
+            index = layer_of.get(name.rpartition(".")[0])
+            computes = index is None or active[comm.rank, index]
+            own = parameter.grad if computes else torch.zeros_like(parameter)
+            rows = gather(comm, own.double().reshape(-1).numpy())
+            if index is None or count[index]:
+                weight = (
+                    1 / comm.world_size if index is None else 1 / (count[index] * min(1, comm.world_size * p[index]))
+                )
+                error = np.abs(optimizer.mean_grads[name].double().reshape(-1).numpy() - (weight * rows).sum(axis=0))
+                smallest = comm.world_size * 2.0**-25  # half a step of float16 below its normal range
+                assert (error <= roundings / (1 - roundings) * weight * np.abs(rows).sum(axis=0) + smallest).all()
+        optimizer.step()
+        assert optimizer.stats.exchange == exchange
+
+
+def a_short_wire_rounds_no_more_than_it_must():
+    comm = js.comm.world()
+    for wire in ("bfloat16", "float16"):
+        for exchange in ("allreduce", "ring", "two_shot"):
+            if exchange != "allreduce" or comm.can_allreduce(getattr(torch, wire)):
+                check_rounding(comm, exchange, wire)
+
+
+def two_shot_sends_less_than_the_ring():
+    comm = js.comm.world()
+    sent = {}
+    for exchange in ("ring", "two_shot"):
+        model = make_model()
+        sampling = js.Sampling(budget=0.5, strategy="independent")
+        optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling, exchange=exchange)
+        for step in range(20):
+            optimizer.zero_grad()
+            backward(model, batch_of(step, comm.rank))
+            optimizer.step()
+        stats = optimizer.stats
+        sent[exchange] = gather(comm, [stats.total_sent_bytes, stats.total_dense_bytes]).sum(axis=0)
+    assert sent["two_shot"][0] < sent["ring"][0]
+    assert sent["two_shot"][1] == sent["ring"][1]
+
+
 def one_rank_alone_may_look_at_mean_grads():
     comm = js.comm.world()
     model = make_model()
@@ -240,6 +300,7 @@ def checkpoints_resume_bit_for_bit():
         other = make_model(seed=5)
         resumed = js.JointSparLARS(other.named_parameters(), sampling=sampling)
         assert js.checkpoint.load(folder, model=other, optimizer=resumed) == {"next": 5}
+        assert resumed.exchange_costs == optimizer.exchange_costs
         train(other, resumed, 5, 10)
         assert torch.equal(weights(model), weights(other))
         assert torch.equal(optimizer.probabilities, resumed.probabilities)
@@ -258,12 +319,33 @@ def hash_of_job():
     return int(gather(comm, [time.time()])[0, 0] * 1e3)
 
 
+def a_resumed_run_chooses_as_the_first_one_did():
+    """Though its own measurement would have it choose otherwise."""
+    comm = js.comm.world()
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    costs = optimizer._pipeline.chooser.costs
+    assert costs.seconds.keys() == {"allreduce", "ring", "two_shot"}
+    for preferred in costs.seconds:
+        chosen = Costs((1000,), {name: (1.0 + 1000.0 * (name != preferred),) for name in costs.seconds})
+        optimizer._pipeline.chooser.costs = chosen
+        resumed = js.JointSparLARS(model.named_parameters())
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        backward(model, batch_of(0, comm.rank))
+        resumed.step()
+        assert resumed.stats.exchange == preferred
+        assert resumed.exchange_costs == chosen
+
+
 def everything_that_must_hold():
+    a_resumed_run_chooses_as_the_first_one_did()
+    a_short_wire_rounds_no_more_than_it_must()
     many_ranks_equal_one_rank_on_the_joined_batch()
     mean_grad_is_what_the_strategy_says()
     a_nan_on_one_rank_is_skipped_on_all()
     found_inf_on_one_rank_is_skipped_on_all_and_scales_may_differ()
     a_short_wire_trains_to_the_same_weights_on_all_ranks()
+    two_shot_sends_less_than_the_ring()
     one_rank_alone_may_look_at_mean_grads()
     buffers_are_averaged()
     checkpoints_resume_bit_for_bit()
@@ -272,6 +354,7 @@ def everything_that_must_hold():
 def sums_are_right():
     many_ranks_equal_one_rank_on_the_joined_batch()
     mean_grad_is_what_the_strategy_says()
+    a_short_wire_rounds_no_more_than_it_must()
 
 
 def test_two_ranks_compute_what_the_formulas_say_and_stay_together(run_ranks, tmp_path):
@@ -281,6 +364,49 @@ def test_two_ranks_compute_what_the_formulas_say_and_stay_together(run_ranks, tm
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_sums_are_right(run_ranks, num_ranks):
     run_ranks(num_ranks, sums_are_right, timeout=200)
+
+
+def train_and_keep_the_weights():
+    comm = js.comm.world()
+    for exchange in ("ring", "allreduce"):
+        model = make_model()
+        optimizer = js.JointSparLARS(model.named_parameters(), exchange=exchange, lr=0.5, trust_coefficient=0.02)
+        for step in range(30):
+            optimizer.zero_grad()
+            backward(model, batch_of(step, comm.rank))
+            optimizer.step()
+        np.save(Path(os.environ["RESULT"]) / f"{exchange}-{comm.rank}.npy", weights(model).numpy())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)
+def test_training_under_torchrun_gives_what_mpirun_gives(launcher, num_ranks, tmp_path):
+    results = {}
+    for name in ("mpirun", "torchrun"):
+        program = f"{__file__}:{train_and_keep_the_weights.__name__}"
+        (tmp_path / name).mkdir()
+        job = run_on_ranks(find_launcher(name), num_ranks, [program], 100, {"RESULT": str(tmp_path / name)})
+        assert job.code == 0, job.output
+        results[name] = {path.name: np.load(path) for path in (tmp_path / name).iterdir()}
+    assert len(results["mpirun"]) == 2 * num_ranks
+    for name, expected in results["mpirun"].items():
+        found = results["torchrun"][name]
+        if name.startswith("ring") or num_ranks == 2:  # our own order of sums; two numbers have only one
+            assert (found == expected).all()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)
+def test_the_command_line_trains_alike_under_mpirun_and_torchrun(launcher, tmp_path):
+    flags = ["--dataset", "digits", "--epochs", "2", "--max-steps", "12", "--batch-size", "32", "--exchange", "ring"]
+    summaries = []
+    for name in ("mpirun", "torchrun"):
+        command = [*find_launcher(name), "2", sys.executable, "-m", "jointspar", "train", *flags]
+        job = run_job([*command, "--out", str(tmp_path / name)], 100)
+        assert job.code == 0, job.output
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    for key in ("train_loss", "test_accuracy", "world_size", "bytes_sent", "active_fraction"):
+        assert summaries[0][key] == summaries[1][key]
 
 
 def _expect_desync(start):
@@ -366,6 +492,15 @@ def one_freezes_a_layer():
     _expect_desync(optimizer.step)
 
 
+def states_remember_other_measurements():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["jointspar"]["exchange"]["ring"][0] += rank
+    _expect_desync(lambda: optimizer.load_state_dict(state))
+
+
 def probabilities_differ():
     rank = js.comm.world().rank
     model = make_model()
@@ -418,6 +553,7 @@ DIFFERENCES = {
     groups_differ: "hyperparameters, or which parameters are frozen differ",
     clipping_differs: "hyperparameters, or which parameters are frozen differ",
     one_freezes_a_layer: "hyperparameters, or which parameters are frozen differ",
+    states_remember_other_measurements: "the chosen exchange, ",
     probabilities_differ: "probabilities differ",
     one_saves_and_one_steps: "rank 0: step 0 exchange; rank 1: save at step 0",
     loaders_have_ten_and_thirteen_batches: "finish",

@@ -6,10 +6,13 @@ import sys
 import pytest
 
 from jointspar import comm
-from jointspar.comm import world
+from jointspar.comm import local, world
 from jointspar.errors import JointSparError
 
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "PMIX_RANK", "WORLD_SIZE")
+LAUNCHER_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "PMIX_RANK",
+    "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -48,12 +51,28 @@ def test_a_single_task_of_a_batch_system_needs_no_mpi4py(plain_process):
     assert world().name == "local"
 
 
-def test_torchrun_is_refused_with_what_to_do_instead(plain_process):
+def test_several_ranks_without_a_meeting_point_are_refused_with_what_to_do(plain_process):
     plain_process.setenv("WORLD_SIZE", "2")
-    with pytest.raises(JointSparError, match=r"torch\.distributed.*mpirun -n N"):
+    with pytest.raises(JointSparError, match="RANK, MASTER_ADDR, MASTER_PORT not set: launch with `torchrun"):
         world()
     plain_process.setenv("WORLD_SIZE", "1")
     assert world().name == "local"
+
+
+@pytest.mark.parametrize("outer", [{}, {"PMI_SIZE": "4", "PMI_RANK": "1"}, {"PMIX_RANK": "1"}])
+def test_torchrun_counts_though_another_launcher_started_it(plain_process, outer):
+    for name, value in {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", **outer}.items():
+        plain_process.setenv(name, value)
+    plain_process.setattr(comm, "torch_dist", lambda: local())
+    assert world().name == "local"
+
+
+def test_variables_set_by_hand_do_not_count_under_mpirun(plain_process):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "PMI_SIZE": "2"}.items():
+        plain_process.setenv(name, value)
+    plain_process.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(JointSparError, match="mpi4py cannot be loaded"):
+        world()
 
 
 def test_a_closed_world_is_made_anew_and_a_failed_one_is_not(plain_process):

@@ -204,7 +204,7 @@ def test_a_plan_of_another_step_or_other_probabilities_is_refused_on_all_ranks()
         ({"dtype": torch.bfloat16}, "step 5 exchange: the dtypes differ"),
         (
             {"hyper_hash": 1},
-            "step 5 exchange: learning rates, other hyperparameters, or which parameters are frozen differ",
+            "step 5 exchange: the chosen exchange, learning rates, other hyperparameters, or which parameters are",
         ),
         ({"step": 6}, "rank 0: step 5 exchange; rank 1: step 6 exchange"),
         ({"op": Op.SAVE}, "rank 0: step 5 exchange; rank 1: save at step 5"),

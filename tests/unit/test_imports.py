@@ -31,6 +31,8 @@ PICKLING_CALLS = {
     "bcast", "send", "ssend", "bsend", "rsend", "recv", "sendrecv", "isend", "issend", "ibsend", "irsend", "irecv",
     "mrecv", "imrecv", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan",
 }  # fmt: skip
+# torch.distributed's all_gather_object, broadcast_object_list and the like do the same, in any file.
+PICKLING_NAME = re.compile(r"_object(_list)?$")
 FORBIDDEN_IN_KERNELS = re.compile(r'^\s*#\s*include\s*[<"](Python\.h|pybind11/|torch/|ATen/|c10/|mpi\.h|numpy/)', re.M)
 
 
@@ -98,15 +100,21 @@ def stage_of(module: str) -> str:
 
 
 def pickling_calls(source: str) -> list[str]:
-    """Calls of mpi4py's lower-case methods in a file that imports mpi4py; a class's own methods do not count."""
-    if not any(name.split(".")[0] == "mpi4py" for name in imported_modules(source, "anything")):
-        return []
+    """Calls that pickle what they send: torch.distributed's of objects anywhere, and mpi4py's lower-case methods.
+
+    The latter in files that import mpi4py; a class's own methods do not count.
+    """
+    uses_mpi4py = any(name.split(".")[0] == "mpi4py" for name in imported_modules(source, "anything"))
     calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return [
-        ast.unparse(call)
-        for call in calls
-        if isinstance(call, ast.Attribute) and call.attr in PICKLING_CALLS and ast.unparse(call.value) != "self"
-    ]
+    return [ast.unparse(call) for call in calls if is_pickling(call, uses_mpi4py)]
+
+
+def is_pickling(call: ast.expr, uses_mpi4py: bool) -> bool:
+    name = call.attr if isinstance(call, ast.Attribute) else ast.unparse(call)
+    if PICKLING_NAME.search(name):
+        return True
+    is_method = isinstance(call, ast.Attribute) and ast.unparse(call.value) != "self"
+    return uses_mpi4py and is_method and name in PICKLING_CALLS
 
 
 def module_name(path: Path) -> str:
@@ -129,7 +137,7 @@ def test_module_imports_only_what_it_may(path: Path) -> None:
     assert broken_rules(path.read_text(), module, is_package) == []
 
 
-def test_no_file_calls_a_pickling_mpi_method() -> None:
+def test_no_file_calls_what_pickles_messages() -> None:
     found = {str(path): pickling_calls(path.read_text()) for path in python_files("python", "tests", "bench")}
     assert {path: calls for path, calls in found.items() if calls} == {}
 
@@ -190,6 +198,11 @@ def test_a_pickling_call_is_found() -> None:
         "comm.bcast", "MPI.COMM_WORLD.allreduce",
     ]  # fmt: skip
     assert pickling_calls("transport.allreduce(buffer)") == []
+    source = "import torch.distributed as dist\nfrom torch.distributed import gather_object\n"
+    assert pickling_calls(source + "dist.all_reduce(a)\ndist.isend(a, 1)") == []
+    assert pickling_calls(source + "dist.all_gather_object(a, b)\ngather_object(a)\ndist.send_object_list(a)") == [
+        "dist.all_gather_object", "gather_object", "dist.send_object_list",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("header", ["<Python.h>", "<torch/extension.h>", '"mpi.h"', "<pybind11/pybind11.h>"])

@@ -1,59 +1,14 @@
-"""The ring among threads, over a transport that uses every liberty that MPI has with the buffers it was given."""
-
-import queue
-import threading
-from dataclasses import dataclass
+"""The ring among threads."""
 
 import numpy as np
 import pytest
 import torch
 
 from jointspar.comm import local
-from jointspar.step.exchange import choose
-from jointspar.step.exchange.ring import Scratch, ring
-
-
-@dataclass
-class Message:
-    """Read from the sender's memory as late as possible: when the receiver waits for it."""
-
-    buffer: torch.Tensor
-    taken: threading.Event
-
-    def wait(self):
-        assert self.taken.wait(timeout=10), "a send was never received"
-
-
-@dataclass
-class Receive:
-    buffer: torch.Tensor
-    mailbox: queue.Queue
-
-    def wait(self):
-        message = self.mailbox.get(timeout=10)
-        assert message.buffer.numel() == self.buffer.numel()
-        self.buffer.copy_(message.buffer)
-        message.taken.set()
-
-
-class LateTransport:
-    """Receives spoil their buffer at once, sends are read late: either is allowed until its wait returns."""
-
-    def __init__(self, rank, mailboxes):
-        self.rank, self.world_size, self.mailboxes = rank, len(mailboxes), mailboxes
-
-    def start_send(self, buffer, rank, *, what):
-        message = Message(buffer, threading.Event())
-        self.mailboxes[rank].put(message)
-        return message
-
-    def start_receive(self, buffer, rank, *, what):
-        assert rank == (self.rank - 1) % self.world_size
-        buffer.fill_(float("nan"))
-        return Receive(buffer, self.mailboxes[self.rank])
-
-    def fail(self, reason):
-        raise AssertionError(reason)
+from jointspar.step.exchange import candidates
+from jointspar.step.exchange.ring import ring
+from jointspar.step.exchange.scratch import Scratch
+from late_transport import on_threads
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -61,48 +16,28 @@ class LateTransport:
 def test_ring_never_touches_memory_that_a_message_still_uses(world_size, length):
     inputs = np.random.default_rng(length).integers(-99, 99, (world_size, length)).astype(np.float64)
     buffers = [torch.tensor(row) for row in inputs]
-    mailboxes = [queue.Queue() for _ in range(world_size)]
-    threads = [
-        threading.Thread(target=ring, args=(LateTransport(rank, mailboxes), buffers[rank]), kwargs={"what": "test"})
-        for rank in range(world_size)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(world_size, lambda transport: ring(transport, buffers[transport.rank], what="test"))
     assert all((buffer.numpy() == inputs.sum(axis=0)).all() for buffer in buffers)
 
 
 def test_one_rank_keeps_what_it_has():
     packed = torch.arange(5.0)
-    for name in ("auto", "allreduce", "ring"):
-        choose(name, local(), torch.float32)(local(), packed, what="test")
+    for name in ("auto", "allreduce", "ring", "two_shot"):
+        for exchange in candidates(name, local(), torch.float32).values():
+            exchange(local(), packed, what="test")
     assert torch.equal(packed, torch.arange(5.0))
 
 
 def test_scratch_slots_do_not_overlap_and_are_reused():
     scratch = Scratch()
-    slots = scratch.slots(100, torch.float32)
+    slots = scratch.slots(4, 100, torch.float32)
     for number, slot in enumerate(slots):
         slot.fill_(number)
     assert all((slot == number).all() for number, slot in enumerate(slots))
-    smaller = scratch.slots(7, torch.bfloat16)
+    smaller = scratch.slots(4, 7, torch.bfloat16)
     assert smaller[0].data_ptr() == slots[0].data_ptr()
     assert {slot.numel() for slot in smaller} == {7}
-    assert all(slot.numel() == 0 for slot in Scratch().slots(0, torch.float64))
-
-
-def test_an_exchange_that_cannot_sum_the_dtype_is_refused_with_what_to_use():
-    class OnlyFloat32:
-        name = "mpi: some"
-
-        def can_allreduce(self, dtype):
-            return dtype == torch.float32
-
-    with pytest.raises(ValueError, match=r"mpi: some cannot sum torch\.bfloat16: use exchange='ring'"):
-        choose("allreduce", OnlyFloat32(), torch.bfloat16)
-    with pytest.raises(ValueError, match="exchange must be"):
-        choose("tree", OnlyFloat32(), torch.float32)
+    assert all(slot.numel() == 0 for slot in Scratch().slots(4, 0, torch.float64))
 
 
 @pytest.mark.parametrize("packed", [torch.ones(2, 2), torch.ones(8)[::2]])

@@ -7,24 +7,29 @@ import sys
 
 from jointspar.comm.local import local
 from jointspar.comm.mpi import library_version, load_mpi, mpi
+from jointspar.comm.torch_dist import is_running as is_torch_dist_running
+from jointspar.comm.torch_dist import torch_dist
 from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 
-__all__ = ["local", "mpi", "world"]
+__all__ = ["local", "mpi", "torch_dist", "world"]
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # PMIx alone tells no size
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # RANK and WORLD_SIZE may also be set by hand, under mpirun too
 
 _world: Transport | None = None
 
 
 def world() -> Transport:
-    """The transport of the launcher at hand: MPI under mpirun or srun, else a single process.
+    """The transport of the launcher at hand: MPI under mpirun or srun, gloo under torchrun, else a single process.
 
-    The same object on every call until it is closed, so that it may stand as a default argument. A plain single
-    process, or a launcher that says 1 rank, never imports MPI. Raises JointSparError when the launcher started several
-    ranks but mpi4py is missing or belongs to another MPI than the launcher (each rank would then train alone), and
-    under torchrun, for which this version has no transport.
+    The same object on every call until it is closed, so that it may stand as a default argument. A torchrun that was
+    itself started by mpirun or srun, one a node, counts. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand, or
+    torch.distributed initialised by the program, do as torchrun does, unless an MPI launcher is there. A plain single
+    process, or a launcher that says 1 rank, imports no MPI and starts no group. Raises JointSparError when the launcher
+    started several ranks but mpi4py is missing or belongs to another MPI than the launcher, or WORLD_SIZE speaks of
+    several ranks without the rest (each rank would then train alone).
     """
     global _world
     if _world is None or _world.is_closed:
@@ -33,16 +38,14 @@ def world() -> Transport:
 
 
 def _make_world() -> Transport:
+    num_torch = _number(("WORLD_SIZE",))
+    if num_torch > 1 and _TORCHRUN_VARIABLE in os.environ:
+        return torch_dist()
     num_launched = _num_launched()
     is_size_unknown = "PMIX_RANK" in os.environ and not any(name in os.environ for name in _SIZE_VARIABLES)
     if num_launched > 1 or is_size_unknown or _is_mpi_running():
         return _mpi_world(num_launched)
-    if _number(("WORLD_SIZE",)) > 1:
-        raise JointSparError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, as torchrun does, but this version has no "
-            "torch.distributed transport: launch with `mpirun -n N python ...`"
-        )
-    return local()
+    return torch_dist() if num_torch > 1 or is_torch_dist_running() else local()
 
 
 def _mpi_world(num_launched: int) -> Transport:

@@ -167,7 +167,9 @@ class Agreement:
         words[_NUM_FIXED : _NUM_FIXED + own.size] = own.view(np.int64)
         rows = self._transport.start_headers(words, what=_describe(op, step)).wait()
         self._compare(
-            rows, _describe(op, step), "learning rates, other hyperparameters, or which parameters are frozen differ"
+            rows,
+            _describe(op, step),
+            "the chosen exchange, learning rates, other hyperparameters, or which parameters are frozen differ",
         )
         return rows[:, _NUM_FIXED : _NUM_FIXED + own.size].copy().view(np.float64)
 

@@ -9,11 +9,9 @@ MPI traffic is neither authenticated nor encrypted: use it among machines that t
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -22,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointspar.comm.failure import abort_on_uncaught
-from jointspar.comm.transport import as_bytes, check_buffer, check_words
+from jointspar.comm.process import WARN_SECONDS, ProcessTransport, checked_timeout
+from jointspar.comm.transport import check_words
 from jointspar.errors import CollectiveTimeout, JointSparError
 
 _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
-_WARN_SECONDS = 60.0
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
 _TAG = 0
@@ -36,27 +33,24 @@ _logger = logging.getLogger("jointspar")
 _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outlive whoever started them
 
 
-class MpiTransport:
+class MpiTransport(ProcessTransport):
     """Operations among the ranks of an MPI communicator; see `Transport` and `mpi`."""
 
     def __init__(self, mpi_module: ModuleType, communicator: Any, timeout: float, on_failure: str) -> None:
         self._mpi = mpi_module
-        self.name = f"mpi: {library_version(mpi_module)}"
-        self.rank: int = communicator.Get_rank()
-        self.world_size: int = communicator.Get_size()
-        self.timeout = timeout
-        self.bytes_sent = 0
-        self._is_closed = False
-        self._failure: str | None = None
-        self._pid = os.getpid()
+        super().__init__(
+            library="MPI",
+            name=f"mpi: {library_version(mpi_module)}",
+            rank=communicator.Get_rank(),
+            world_size=communicator.Get_size(),
+            timeout=timeout,
+            on_failure=on_failure,
+        )
         self._datatypes = {
             torch.float32: mpi_module.FLOAT,
             torch.float64: mpi_module.DOUBLE,
             torch.int64: mpi_module.INT64_T,
         }
-        atexit.register(self._abort_if_failed)
-        if on_failure == "abort" and self.world_size > 1:
-            abort_on_uncaught(self)  # before the first operation that could fail
         self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
 
     def _duplicate(self, communicator: Any) -> Any:
@@ -65,10 +59,6 @@ class MpiTransport:
         self._wait([request], "start")
         private.Set_errhandler(self._mpi.ERRORS_RETURN)
         return private
-
-    @property
-    def is_closed(self) -> bool:
-        return self._is_closed or self._mpi.Is_finalized()
 
     def start_headers(self, words: np.ndarray, *, what: str) -> _PendingHeaders:
         self._check_usable(what)
@@ -113,21 +103,12 @@ class MpiTransport:
             self.bytes_sent += memory.nbytes
         _Pending(self, requests, buffer, what).wait()
 
-    def fail(self, reason: str) -> None:
-        self._failure = self._failure or reason
-
-    def abort(self, message: str) -> None:
-        print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
-        _end_job(self._mpi)
-
     def close(self) -> None:
         """Free the communicators, together with all other ranks."""
         if self.is_closed:
             return
         self._check_usable("close")
-        self._is_closed = True
-        self.fail("the transport is closed")
-        atexit.unregister(self._abort_if_failed)
+        self._mark_closed()
         self._headers.Free()
         self._payload.Free()
 
@@ -138,25 +119,13 @@ class MpiTransport:
         requests = [self._call(what, operation, [c, c.size, byte], rank, _TAG) for c in _chunks(memory)]
         return _Pending(self, requests, buffer, what)
 
-    def _memory(self, buffer: torch.Tensor, what: str) -> np.ndarray:
-        """The bytes that MPI may touch. Every tensor passes through here, so streams are to be synchronised here."""
-        self._check_usable(what)
-        check_buffer(buffer)
-        if buffer.device.type != "cpu":
-            raise TypeError(f"{what}: this version hands only CPU tensors to MPI, not one on {buffer.device}")
-        return as_bytes(buffer)
+    def _is_shut_down(self) -> bool:
+        return bool(self._mpi.Is_finalized())
 
-    def _check_usable(self, what: str) -> None:
-        if self._failure is not None:
-            raise JointSparError(f"rank {self.rank}: {what}: the transport cannot be used any more: {self._failure}")
-        if self._mpi.Is_finalized():
-            raise JointSparError(f"{what}: MPI was finalised")
-        if os.getpid() != self._pid:
-            raise JointSparError(f"{what}: a forked process cannot use its parent's MPI")
-
-    def _check_rank(self, rank: int, argument: str) -> None:
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"{argument} must be in 0 .. {self.world_size - 1}, not {rank}")
+    def _end_job(self) -> None:
+        if not self._mpi.Is_finalized():
+            self._mpi.COMM_WORLD.Abort(1)
+        super()._end_job()
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -174,18 +143,13 @@ class MpiTransport:
                 reason = f"{what}: no answer from the other ranks for {waited:.1f} s"
                 self.fail(reason)
                 raise CollectiveTimeout(f"rank {self.rank}: {reason}")
-            if waited > _WARN_SECONDS and not warned:
+            if waited > WARN_SECONDS and not warned:
                 _logger.warning("rank %d: %s: still waiting for other ranks after %.0f s", self.rank, what, waited)
                 warned = True
             if waited < _SPIN_SECONDS:
                 os.sched_yield()
             else:
                 time.sleep(min(_LONGEST_SLEEP, waited / 50))
-
-    def _abort_if_failed(self) -> None:
-        """At exit: MPI's own finalisation would wait for ever for what was left unfinished."""
-        if self._failure is not None and os.getpid() == self._pid and not self._mpi.Is_finalized():
-            self.abort(f"at exit, after a failure: {self._failure}")
 
 
 class _Pending:
@@ -237,11 +201,7 @@ def mpi(communicator: Any = None, *, timeout: float | None = None, on_failure: s
     With an MPI that was started below MPI_THREAD_SERIALIZED, call from the main thread only.
     Raises JointSparError where mpi4py is missing or MPI is not running, ValueError for a bad argument.
     """
-    if on_failure not in ("abort", "raise"):
-        raise ValueError(f"on_failure must be 'abort' or 'raise', not {on_failure!r}")
-    seconds = _default_timeout() if timeout is None else float(timeout)
-    if not seconds > 0:
-        raise ValueError(f"timeout must be positive seconds, not {seconds}")
+    seconds = checked_timeout(timeout, on_failure)
     mpi_module = load_mpi()
     if not mpi_module.Is_initialized() or mpi_module.Is_finalized():
         raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
@@ -265,22 +225,6 @@ def library_version(mpi_module: ModuleType) -> str:
     """Such as "Open MPI v5.0.11" or "MPICH Version: 5.0.2"."""
     first = re.split(r"[,\n]", mpi_module.Get_library_version())[0]
     return " ".join(first.strip("\0").split())
-
-
-def _default_timeout() -> float:
-    text = os.environ.get("JOINTSPAR_TIMEOUT", "300")
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"JOINTSPAR_TIMEOUT must be a number of seconds, not {text!r}") from None
-
-
-def _end_job(mpi_module: ModuleType) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if not mpi_module.Is_finalized():
-        mpi_module.COMM_WORLD.Abort(1)
-    os._exit(1)
 
 
 def _all_done(requests: list[Any]) -> bool:

@@ -62,7 +62,7 @@ class Transport(Protocol):
         """Whether the transport's own collective sums this dtype."""
 
     def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> Pending:
-        """Send a contiguous 1-D buffer of any dtype as bytes; messages between two ranks keep their order."""
+        """Send a contiguous 1-D buffer of any dtype to another rank, as bytes; messages to it keep their order."""
 
     def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> Pending:
         """Receive into a contiguous 1-D buffer; the sender's byte count must be the same."""

@@ -42,8 +42,9 @@ class Layers:
         return len(self.sampled)
 
     def wanted_parameters(self, active: np.ndarray) -> np.ndarray:
-        """bool [num_parameters]: those of active layers (bool [num_layers]) and the always-active ones."""
-        return np.append(active, True)[self.layer_of]
+        """bool [..., num_parameters]: those of active layers (bool [..., num_layers]) and the always-active ones."""
+        always = np.ones((*active.shape[:-1], 1), dtype=bool)
+        return np.concatenate([active, always], axis=-1)[..., self.layer_of]
 
     def sum_by_layer(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Add float64 values of the parameters at `positions` up to their layers; float64 [num_layers]."""

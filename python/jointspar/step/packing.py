@@ -15,11 +15,16 @@ from jointspar.arguments import dtype_name
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Which parameters a packed buffer holds, in order, each as one slice without padding."""
+    """Which parameters a packed buffer holds, in order, each as one slice without padding, and who computed them."""
 
     positions: np.ndarray  # int64 [num_slices], into the parameters
     sizes: np.ndarray  # int64 [num_slices], elements
-    total: int
+    computed: np.ndarray  # bool [world_size, num_slices]
+
+    @property
+    def total(self) -> int:
+        """Elements of the buffer."""
+        return int(self.sizes.sum())
 
 
 class Packer:
@@ -41,11 +46,14 @@ class Packer:
         """Bytes of a buffer that holds every trainable parameter (bool [num_parameters])."""
         return int(self._sizes[trainable].sum()) * self.wire_dtype.itemsize
 
-    def layout(self, wanted: np.ndarray) -> PackedLayout:
-        """The layout that holds the `wanted` parameters, bool [num_parameters]."""
-        positions = np.flatnonzero(wanted)
-        sizes = self._sizes[positions]
-        return PackedLayout(positions, sizes, int(sizes.sum()))
+    def layout(self, computed: np.ndarray) -> PackedLayout:
+        """The layout of what any rank computes. Slices of the same ranks lie together, so that they travel together.
+
+        computed: bool [world_size, num_parameters].
+        """
+        positions = np.flatnonzero(computed.any(axis=0))
+        positions = positions[np.lexsort(computed[:, positions])]
+        return PackedLayout(positions, self._sizes[positions], computed[:, positions])
 
     def pack(
         self, layout: PackedLayout, computed: np.ndarray, scales: np.ndarray

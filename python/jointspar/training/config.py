@@ -33,9 +33,9 @@ SPARSE_FIELDS = (*SAMPLING_FIELDS, "inactive")
 # Fields that may change between a run and its continuation; all others decide what is learned.
 FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs")
 
-# What Open MPI, MPICH and torchrun tell the processes that they start.
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK")
-LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
+# What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 # Goyal et al. train 90 epochs: 5 of warm-up, steps after 30, 50 and 70.
 _PAPER_MILESTONES = (30 / 90, 50 / 90, 70 / 90)

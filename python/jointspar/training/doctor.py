@@ -115,7 +115,8 @@ def _check_threads() -> Iterator[Finding]:
     if threads * ranks > cores:
         yield Finding("note", "threads", text, "more threads than cores: unset OMP_NUM_THREADS or lower it")
     else:
-        yield Finding("ok", "threads", text + "; `jointspar train` under mpirun divides the cores among the ranks")
+        text += "; `jointspar train` divides the cores among the ranks that its launcher starts on this host"
+        yield Finding("ok", "threads", text)
 
 
 def _check_mpi() -> Iterator[Finding]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from jointspar.comm.transport import Transport
+from jointspar.step.exchange.interface import Slices
 
 
-def allreduce(transport: Transport, packed: torch.Tensor, *, what: str) -> None:
+def allreduce(transport: Transport, packed: torch.Tensor, *, what: str, slices: Slices | None = None) -> None:
     """Sum `packed` over the ranks, in place, by the transport's allreduce.
 
     packed: contiguous 1-D CPU tensor of a dtype that the transport sums; the same length on all ranks.
+    slices: not needed.
     Raises TypeError for another dtype, CollectiveTimeout.
     """
     transport.allreduce(packed, what=what)

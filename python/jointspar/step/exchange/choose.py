@@ -1,46 +1,101 @@
-"""Which way to sum packed buffers."""
+"""Which way to sum packed buffers: by name, or by a short measurement at the start."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Protocol
 
+import numpy as np
 import torch
 
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange.allreduce import allreduce
-from jointspar.step.exchange.ring import Scratch, ring
+from jointspar.step.exchange.interface import Exchange, Slices
+from jointspar.step.exchange.measure import Costs, measure
+from jointspar.step.exchange.ring import ring
+from jointspar.step.exchange.scratch import Scratch
+from jointspar.step.exchange.two_shot import two_shot
 
-# Below this the library's collective has less latency; above it the ring is faster on loopback and on slow links.
-RING_FROM_BYTES = 1 << 20
-
-
-class Exchange(Protocol):
-    """Sums a packed buffer over the ranks of a transport, in place; the same bits on all ranks."""
-
-    def __call__(self, transport: Transport, packed: torch.Tensor, *, what: str) -> None: ...
+NAMES = ("auto", "allreduce", "ring", "two_shot")
 
 
-def choose(name: str, transport: Transport, dtype: torch.dtype) -> Exchange:
-    """The exchange called `name`, for packed buffers of `dtype`; call it for the same transport each step.
+def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partial: bool = True) -> dict[str, Exchange]:
+    """The exchanges that `name` stands for, by name: one, or with "auto" those to choose from.
 
-    name: "allreduce" (the transport's own collective), "ring" (any float dtype), or "auto": the ring from 1 MiB on and
-    for dtypes that the transport cannot sum, else allreduce. One rank exchanges nothing.
+    name: "allreduce" (the transport's own collective), "ring" (any float dtype), "two_shot" (any float dtype, sends
+    only what was computed), or "auto". is_partial: whether ranks compute different slices; where all compute the same,
+    "auto" leaves two_shot out, which then sends what the ring does. One rank exchanges nothing.
     Raises ValueError for an unknown name, or for "allreduce" with a dtype that the transport cannot sum.
     """
-    if name not in ("auto", "allreduce", "ring"):
-        raise ValueError(f"exchange must be 'auto', 'allreduce' or 'ring', not {name!r}")
-    can_allreduce = transport.can_allreduce(dtype)
-    if name == "allreduce" and not can_allreduce:
-        raise ValueError(f"{transport.name} cannot sum {dtype}: use exchange='ring'")
-    if name == "allreduce":
-        return allreduce
-    own_ring = partial(ring, scratch=Scratch())
-    if name == "ring" or not can_allreduce:
-        return own_ring
+    if name not in NAMES:
+        raise ValueError(f"exchange: {name!r} is not one of {', '.join(NAMES)}")
+    can_sum = transport.can_allreduce(dtype)
+    if name == "allreduce" and not can_sum:
+        raise ValueError(f"{transport.name} cannot sum {dtype}: use exchange='ring' or 'two_shot'")
+    scratch = Scratch()
+    ways: dict[str, Exchange] = {
+        "allreduce": allreduce,
+        "ring": partial(ring, scratch=scratch),
+        "two_shot": partial(two_shot, scratch=scratch),
+    }
+    if name != "auto":
+        return {name: ways[name]}
+    if transport.world_size == 1:
+        return {"ring": ways["ring"]}
+    return {
+        way: exchange
+        for way, exchange in ways.items()
+        if (way != "allreduce" or can_sum) and (way != "two_shot" or is_partial)
+    }
 
-    def by_size(transport: Transport, packed: torch.Tensor, *, what: str) -> None:
-        exchange = own_ring if packed.numel() * packed.element_size() >= RING_FROM_BYTES else allreduce
-        exchange(transport, packed, what=what)
 
-    return by_size
+class Chooser:
+    """The exchanges of one optimizer's packed buffers, and the choice among them for each buffer.
+
+    All ranks choose alike: by costs that they agreed on, and by slices that they all know. Until `measure`, or where
+    there is nothing to choose, the first candidate is taken.
+    """
+
+    def __init__(self, name: str, transport: Transport, dtype: torch.dtype, *, is_partial: bool) -> None:
+        self._transport, self._dtype = transport, dtype
+        self._candidates = candidates(name, transport, dtype, is_partial=is_partial)
+        self._world_size = transport.world_size
+        self.costs: Costs | None = None
+
+    def measure(self, num_bytes: int) -> None:
+        """Learn what the candidates cost, where there are several. Collective. num_bytes: of the largest buffer."""
+        if len(self._candidates) > 1:
+            self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes)
+
+    def choose(self, slices: Slices) -> str:
+        """The name of the exchange for a buffer of these slices."""
+        if self.costs is not None:
+            return self.costs.cheapest(slices, self._dtype.itemsize)
+        return next(iter(self._candidates))
+
+    def exchange(self, name: str, packed: torch.Tensor, *, what: str, slices: Slices) -> None:
+        """Sum `packed` over the ranks, in place, by the exchange that `choose` named."""
+        self._candidates[name](self._transport, packed, what=what, slices=slices)
+
+    def sent_bytes(self, name: str, num_bytes: int) -> int:
+        """What this rank would send, on average over the ranks, of a buffer that all of them computed."""
+        if name == "allreduce":
+            return num_bytes if self._world_size > 1 else 0
+        return round(num_bytes * 2 * (self._world_size - 1) / self._world_size)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The costs, so that a continuation chooses alike and gives the same bits; empty where nothing was measured."""
+        if self.costs is None:
+            return {}
+        seconds = {name: torch.tensor(column, dtype=torch.float64) for name, column in self.costs.seconds.items()}
+        return seconds | {"num_bytes": torch.tensor(self.costs.num_bytes), "world_size": torch.tensor(self._world_size)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over costs of the same candidates and number of ranks; others do not apply here and are passed over."""
+        if self.costs is None or state.keys() != {*self.costs.seconds, "num_bytes", "world_size"}:
+            return
+        if int(state["world_size"]) == self._world_size:
+            num_bytes = tuple(np.asarray(state["num_bytes"]).tolist())
+            self.costs = Costs(
+                num_bytes, {name: tuple(np.asarray(state[name]).tolist()) for name in self.costs.seconds}
+            )

@@ -13,31 +13,26 @@ import torch
 
 from jointspar import ops
 from jointspar.comm.transport import Pending, Transport, check_buffer
+from jointspar.step.exchange.interface import Slices
+from jointspar.step.exchange.scratch import Scratch
 
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_CHUNK = 16  # enough to hide one segment's hop, few enough Python calls
 _NUM_POSTED = 4  # receives posted ahead
 
 
-class Scratch:
-    """Memory for segments on their way in, kept between calls."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def slots(self, num_elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """One uninitialised buffer [num_elements] for each posted receive."""
-        stride = -(-num_elements * dtype.itemsize // 64) * 64
-        if self._memory.numel() < _NUM_POSTED * stride:
-            self._memory = torch.empty(_NUM_POSTED * stride, dtype=torch.uint8)
-        return [self._memory[k * stride :][: num_elements * dtype.itemsize].view(dtype) for k in range(_NUM_POSTED)]
-
-
-def ring(transport: Transport, packed: torch.Tensor, *, what: str, scratch: Scratch | None = None) -> None:
+def ring(
+    transport: Transport,
+    packed: torch.Tensor,
+    *,
+    what: str,
+    slices: Slices | None = None,
+    scratch: Scratch | None = None,
+) -> None:
     """Sum `packed` over the ranks, in place; bitwise the same result on all ranks and in every run.
 
     packed: contiguous 1-D CPU tensor of float32, float64, bfloat16 or float16; same length and dtype on all ranks.
-    A 16-bit sum is rounded at each of the world_size - 1 additions. scratch: reused memory.
+    A 16-bit sum is rounded at each of the world_size - 1 additions. slices: not needed. scratch: reused memory.
     Each rank sends 2 (world_size - 1) / world_size of the buffer's bytes.
     Raises CollectiveTimeout, after which the buffer holds partial sums.
     """
@@ -67,7 +62,7 @@ class _Ring:
         self._num_segments = len(self._chunks[0])
         self._num_reduced = (transport.world_size - 1) * self._num_segments
         longest = max(segment.numel() for chunk in self._chunks for segment in chunk)
-        self._slots = scratch.slots(longest, packed.dtype)
+        self._slots = scratch.slots(_NUM_POSTED, longest, packed.dtype)
         self._sends: list[Pending] = []
         self._receives: deque[tuple[Pending, torch.Tensor]] = deque()
 

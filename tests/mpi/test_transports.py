@@ -1,8 +1,9 @@
-"""The MPI transport: data, refusals, deadlines, and the end of the job when one rank fails."""
+"""The transports of several ranks: data, refusals, deadlines, and the end of the job when one rank fails."""
 
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,9 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from jointspar.comm import mpi, world
+from jointspar.comm import mpi, torch_dist, world
 from jointspar.errors import CollectiveTimeout, JointSparError
+from support import launched
 
 pytestmark = pytest.mark.mpi
 
@@ -66,8 +69,8 @@ def check_refusals(transport):
         transport.allreduce(torch.ones(8)[::2], what="test")
     with pytest.raises(ValueError, match="1-D"):
         transport.broadcast(torch.ones(2, 2), 0, what="test")
-    with pytest.raises(TypeError, match=r"cannot sum torch\.bfloat16"):
-        transport.allreduce(buffer.bfloat16(), what="test")
+    with pytest.raises(TypeError, match=r"cannot sum torch\.complex64"):
+        transport.allreduce(torch.ones(4, dtype=torch.complex64), what="test")
     with pytest.raises(TypeError, match="CPU tensors"):
         transport.allreduce(torch.ones(4, device="meta"), what="test")
     with pytest.raises(TypeError, match="buffer"):
@@ -92,34 +95,51 @@ def check_forked_child_is_refused(transport):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def check_allreduce(transport):
+    """Whole numbers, so that every partial sum is exact in every dtype that the library sums."""
+    can_sum = [transport.can_allreduce(dtype) for dtype in EVERY_DTYPE]
+    sums_16_bits = not transport.name.startswith("mpi")
+    assert can_sum == [True, True, sums_16_bits, sums_16_bits, True, False, False]
+    factor = sum(range(1, transport.world_size + 1))
+    for dtype in (dtype for dtype in EVERY_DTYPE if transport.can_allreduce(dtype)):
+        for length in (0, 1, 5003):
+            ramp = torch.arange(length) % 41
+            buffer = (ramp * (transport.rank + 1)).to(dtype)
+            transport.allreduce(buffer, what="allreduce")
+            assert torch.equal(buffer, (ramp * factor).to(dtype))
+
+
+def check_data(transport):
+    check_broadcast(transport)
+    if transport.world_size > 1:
+        check_messages_keep_their_order(transport)
+    check_allreduce(transport)
+
+
 def use_transport():
     transport = world()
     assert transport is world()
     if transport.world_size == 1:
         assert transport.name == "local"
         transport.close()
-        transport = mpi()
-    assert transport.name.startswith(("mpi: Open MPI v", "mpi: MPICH Version: "))
-    assert [transport.can_allreduce(dtype) for dtype in EVERY_DTYPE[:4]] == [True, True, False, False]
-    module = sys.modules["jointspar.comm.mpi"]
-    for module._MAX_CHUNK in (2**30, 1000):  # the second splits the buffers as 2**30 splits huge ones
-        check_broadcast(transport)
-        check_messages_keep_their_order(transport)
-        buffer = torch.arange(5003, dtype=torch.float64) * (transport.rank + 1)
-        transport.allreduce(buffer, what="allreduce")
-        factor = sum(range(1, transport.world_size + 1))
-        assert torch.equal(buffer, torch.arange(5003, dtype=torch.float64) * factor)
+        transport = launched()
+    assert transport.name.startswith(("mpi: Open MPI v", "mpi: MPICH Version: ", "torch.distributed: gloo"))
+    check_data(transport)
+    if transport.name.startswith("mpi"):
+        module = sys.modules["jointspar.comm.mpi"]
+        module._MAX_CHUNK = 1000  # splits the buffers as 2**30 splits huge ones
+        check_data(transport)
+        module._MAX_CHUNK = 2**30
+        assert not module._in_flight
     check_headers(transport)
     check_refusals(transport)
     check_forked_child_is_refused(transport)
-    assert not module._in_flight
     transport.close()
     transport.close()
     with pytest.raises(JointSparError, match="closed"):
         transport.allreduce(torch.ones(4), what="test")
     assert world() is not transport
     world().close()
-    module._MAX_CHUNK = 2**30
     print(f"use_transport: rank {transport.rank} is done\n", end="", flush=True)
 
 
@@ -128,9 +148,12 @@ def test_transport_moves_all_dtypes_and_refuses_bad_arguments(checks):
 
 
 def wait_for_a_stopped_rank():
-    transport = mpi(timeout=2)
+    transport = launched(timeout=2)
     transport.allreduce(torch.ones(4), what="step 1 exchange")
     if transport.rank == 1:
+        wake = f"sleep 5; kill -CONT {os.getpid()}"  # torchrun asks a rank to end, and kills it only after 30 s
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.Popen(["sh", "-c", wake], start_new_session=True, **quiet)
         os.kill(os.getpid(), signal.SIGSTOP)
     transport.allreduce(torch.ones(4), what="step 2 exchange")
 
@@ -142,9 +165,7 @@ def test_a_stopped_rank_is_a_timeout_that_ends_the_job(run_ranks):
 
 
 def time_out_and_try_again():
-    transport = mpi(on_failure="raise")
-    module = sys.modules["jointspar.comm.mpi"]
-    module._WARN_SECONDS = 0.5
+    transport = launched(on_failure="raise")
     assert transport.timeout == 2.0
     if transport.rank == 1:
         time.sleep(4)
@@ -153,18 +174,36 @@ def time_out_and_try_again():
         transport.start_receive(torch.ones(4), 1, what="receive 7").wait()
     with pytest.raises(JointSparError, match="cannot be used any more: receive 7"):
         transport.allreduce(torch.ones(4), what="step 8")
-    assert module._in_flight  # MPI may still write there
+    if transport.name.startswith("mpi"):
+        assert sys.modules["jointspar.comm.mpi"]._in_flight  # MPI may still write there
     print("refused", flush=True)
 
 
 def test_after_a_timeout_the_transport_refuses_and_exit_aborts_instead_of_hanging(run_ranks):
     job = run_ranks(2, time_out_and_try_again, expect_code=None, timeout=30, env={"JOINTSPAR_TIMEOUT": "2"})
     assert "refused" in job.output
-    assert "receive 7: still waiting for other ranks" in job.output
+    assert "at exit, after a failure: receive 7" in job.output
+
+
+def post_a_header_long_before_the_others():
+    """A header in flight may be older than the deadline, which counts from the start of the wait for it."""
+    transport = launched(timeout=1.5)
+    sys.modules[type(transport).__module__].WARN_SECONDS = 0.5
+    if transport.rank == 1:
+        time.sleep(2.5)
+    pending = transport.start_headers(np.array([transport.rank]), what="step 4 plan")
+    if transport.rank == 0:
+        time.sleep(1.5)
+    assert pending.wait().tolist() == [[0], [1]]
+
+
+def test_the_deadline_counts_from_the_start_of_a_wait_which_warns_when_it_is_long(run_ranks):
+    job = run_ranks(2, post_a_header_long_before_the_others, timeout=30)
+    assert "rank 0: step 4 plan: still waiting for other ranks" in job.output
 
 
 def get_a_longer_message_than_expected():
-    transport = mpi(timeout=5, on_failure="raise")
+    transport = launched(timeout=5, on_failure="raise")
     if transport.rank == 0:
         transport.start_send(torch.ones(100), 1, what="send").wait()
         transport.start_headers(np.zeros(1, dtype=np.int64), what="end")
@@ -177,12 +216,26 @@ def get_a_longer_message_than_expected():
     print("refused", flush=True)
 
 
+@pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)
 def test_an_mpi_error_is_raised_and_poisons_the_transport(run_ranks):
     assert "refused" in run_ranks(2, get_a_longer_message_than_expected, expect_code=None, timeout=30).output
 
 
+def get_a_longer_message_without_catching():
+    transport = launched(timeout=5)
+    if transport.rank == 0:
+        transport.start_send(torch.ones(100), 1, what="send").wait()
+    else:
+        transport.start_receive(torch.ones(10), 0, what="receive 3").wait()
+    transport.start_headers(np.zeros(1, dtype=np.int64), what="end").wait()
+
+
+def test_a_longer_message_than_expected_ends_the_job(run_ranks):
+    run_ranks(2, get_a_longer_message_without_catching, expect_code=None, timeout=30)
+
+
 def raise_on_one_rank():
-    transport = mpi()
+    transport = launched()
     transport.allreduce(torch.ones(4), what="step 1")
     if transport.rank == 1:
         print(f"FAULT {time.time()}\n", end="", flush=True)
@@ -197,7 +250,7 @@ def test_an_exception_on_one_rank_ends_the_job(run_ranks):
 
 
 def raise_in_a_thread():
-    transport = mpi()
+    transport = launched()
 
     def fail():
         print(f"FAULT {time.time()}\n", end="", flush=True)
@@ -220,14 +273,35 @@ def test_a_joint_spar_error_in_a_thread_ends_the_job_but_another_error_does_not(
     assert job.seconds_after("FAULT") < 5
 
 
-def test_bad_options_are_refused(mpirun):
+def use_a_part_of_the_processes():
+    dist.init_process_group("gloo")
+    part = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        with pytest.raises(JointSparError, match="not in the given group"):
+            torch_dist(part)
+        torch_dist().close()
+        return
+    transport = torch_dist(part)
+    assert (transport.rank, transport.world_size) == (dist.get_rank() // 2, 2)
+    buffer = torch.full((5,), 1.0 + transport.rank)
+    transport.allreduce(buffer, what="test")
+    assert buffer.tolist() == [3.0] * 5
+    transport.close()
+    torch_dist().close()  # of all processes, at the same point on each
+    assert dist.is_initialized()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun"], indirect=True)
+def test_a_group_may_be_a_part_of_the_processes_that_the_program_initialised(run_ranks):
+    run_ranks(3, use_a_part_of_the_processes)
+
+
+@pytest.mark.parametrize("make", [mpi, torch_dist])
+def test_bad_options_are_refused(make, monkeypatch):
     with pytest.raises(ValueError, match="on_failure must be"):
-        mpi(on_failure="ignore")
+        make(on_failure="ignore")
     with pytest.raises(ValueError, match="timeout must be"):
-        mpi(timeout=0)
-
-
-def test_a_timeout_in_the_environment_must_be_a_number(mpirun, monkeypatch):
+        make(timeout=0)
     monkeypatch.setenv("JOINTSPAR_TIMEOUT", "soon")
     with pytest.raises(ValueError, match="JOINTSPAR_TIMEOUT"):
-        mpi()
+        make()

@@ -1,0 +1,89 @@
+"""A short measurement of the ways to exchange, and the choice that follows from it for a buffer of any size."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from jointspar.comm.transport import Transport
+from jointspar.step.exchange.interface import Exchange, Slices
+
+_SMALLEST_BYTES = 16 * 1024
+_GROWTH = 16  # from one buffer to the next
+_LARGEST_BYTES = 32 * 1024 * 1024  # beyond the caches
+_SECONDS = 0.3  # that one buffer may take: no further round after that, and no larger buffer than promises it
+_ROUNDS = 3  # the best counts: anything else on the machine only makes an exchange slower
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each way to exchange took for buffers of several lengths, which all ranks computed; the slowest rank's."""
+
+    num_bytes: tuple[int, ...]  # ascending
+    seconds: dict[str, tuple[float, ...]]  # by name, one for each length
+
+    def promise(self, name: str, num_bytes: float) -> float:
+        """Seconds for so many bytes: linear between lengths, the first below it, in proportion above the last."""
+        inside = float(np.interp(num_bytes, self.num_bytes, self.seconds[name]))
+        return inside * max(1.0, num_bytes / self.num_bytes[-1])
+
+    def cheapest(self, slices: Slices, itemsize: int) -> str:
+        """The name that promises the least time for a buffer; of equal ones the first.
+
+        "two_shot" is judged by what it sends of these slices, the others by the buffer's length.
+        """
+        length = int(slices.sizes.sum())
+
+        def promised(name: str) -> float:
+            return self.promise(name, itemsize * (slices.sent_by_two_shot() if name == "two_shot" else length))
+
+        return min(self.seconds, key=promised)
+
+
+def measure(candidates: Mapping[str, Exchange], transport: Transport, dtype: torch.dtype, num_bytes: int) -> Costs:
+    """Time each candidate on buffers of growing length; the same costs on all ranks. Collective.
+
+    num_bytes: of the largest buffer to come, the same on all ranks. From 16 KiB the buffer grows to that, or 32 MiB, or
+    on a slow link to less: no step up that does not promise to stay within 0.3 s.
+    """
+    longest = max(1, min(num_bytes, _LARGEST_BYTES) // dtype.itemsize)
+    length = min(longest, _SMALLEST_BYTES // dtype.itemsize)
+    lengths, times = [length], [_best_times(candidates, transport, dtype, length)]
+    while True:
+        affordable = int(length * _SECONDS / (_ROUNDS * times[-1].sum()))
+        longer = min(longest, _GROWTH * length, affordable)
+        if longer < 2 * length:
+            break
+        length = longer
+        lengths.append(length)
+        times.append(_best_times(candidates, transport, dtype, length))
+    columns = np.array(times).T.tolist()
+    seconds = {name: tuple(column) for name, column in zip(candidates, columns, strict=True)}
+    return Costs(tuple(length * dtype.itemsize for length in lengths), seconds)
+
+
+def _best_times(
+    candidates: Mapping[str, Exchange], transport: Transport, dtype: torch.dtype, num_elements: int
+) -> np.ndarray:
+    """Seconds of the slowest rank in the best round, float64 [num_candidates], never 0."""
+    buffer = torch.zeros(num_elements, dtype=dtype)
+    best, taken = np.full(len(candidates), math.inf), 0.0
+    for _ in range(_ROUNDS):
+        nanoseconds = np.empty(len(candidates), dtype=np.int64)
+        for number, exchange in enumerate(candidates.values()):
+            transport.start_headers(np.zeros(1, dtype=np.int64), what="measuring exchanges").wait()  # start together
+            began = time.perf_counter_ns()
+            exchange(transport, buffer, what="measuring exchanges")
+            nanoseconds[number] = max(1, time.perf_counter_ns() - began)
+        rows = transport.start_headers(nanoseconds, what="measuring exchanges").wait()
+        slowest = rows.max(axis=0) / 1e9
+        best = np.minimum(best, slowest)
+        taken += slowest.sum()
+        if taken > _SECONDS:
+            break
+    return best

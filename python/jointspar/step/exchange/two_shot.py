@@ -1,0 +1,191 @@
+"""A sum that sends only what was computed: each slice to its owner, who adds in the order of ranks, then to everybody.
+
+Where k of M ranks computed a slice of n elements, all ranks together send n (k + M - 2) elements, against 2 n (M - 1)
+in a ring. What one rank alone computed needs no addition: it is handed on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from jointspar import ops
+from jointspar.comm.transport import Pending, Transport, check_buffer
+from jointspar.step.exchange.interface import Slices
+from jointspar.step.exchange.scratch import Scratch
+
+_MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
+_SEGMENTS_PER_RANK = 16
+_NUM_AHEAD = 2  # segments whose receives are posted ahead
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the buffer that the same ranks computed, and the rank that adds it up."""
+
+    start: int
+    end: int
+    owner: int
+    contributors: tuple[int, ...]  # ascending
+
+    def sum_goes_to(self, rank: int) -> bool:
+        """Whether the owner sends this rank the sum: not to itself, nor where the sum came from."""
+        return rank != self.owner and self.contributors != (rank,)
+
+
+def two_shot(
+    transport: Transport,
+    packed: torch.Tensor,
+    *,
+    what: str,
+    slices: Slices | None = None,
+    scratch: Scratch | None = None,
+) -> None:
+    """Sum `packed` over the ranks, in place; bitwise the same result on all ranks and in every run.
+
+    packed: contiguous 1-D CPU tensor of float32, float64, bfloat16 or float16; same length and dtype on all ranks.
+    slices: who computed what; elsewhere a rank's buffer is taken for zero and not read. Contributions are added in the
+    order of ranks, and the bits depend on nothing else; a 16-bit sum is rounded at each addition.
+    scratch: reused memory.
+    Raises ValueError for slices of another buffer, CollectiveTimeout, after which the buffer holds partial sums.
+    """
+    check_buffer(packed)
+    if slices is None:
+        slices = Slices(np.array([packed.numel()]), np.ones((transport.world_size, 1), dtype=bool))
+    if slices.sizes.sum() != packed.numel() or slices.computed.shape != (transport.world_size, slices.sizes.size):
+        raise ValueError(f"slices are not of {packed.numel()} elements and {transport.world_size} ranks")
+    if transport.world_size == 1 or packed.numel() == 0:
+        return
+    try:
+        _TwoShot(transport, packed, what, slices, scratch or Scratch()).run()
+    except BaseException as error:  # an interrupt between two waits also leaves messages under way
+        transport.fail(f"{what} was left by {type(error).__name__}")
+        raise
+
+
+def partition(slices: Slices, max_elements: int) -> list[Segment]:
+    """Cut a buffer into segments of one set of contributors each, in order, and share their ownership out.
+
+    A rank sends what it computed and does not own, and M - 1 times what it owns; it receives and adds what others
+    computed of that. Each segment, those of few contributors first, goes to the rank whose total is least with it.
+    What nobody computed is in no segment.
+    """
+    world_size = len(slices.computed)
+    pieces = [
+        (start, end, computed)
+        for first, last, computed in _runs(slices)
+        for start, end in _evenly(first, last, -(-(last - first) // max_elements))
+    ]
+    load = (slices.computed * slices.sizes).sum(axis=1).astype(np.float64)
+    owners = [0] * len(pieces)
+    for number in sorted(range(len(pieces)), key=lambda number: pieces[number][2].sum()):
+        start, end, computed = pieces[number]
+        num_contributors = computed.sum()
+        passed_on = world_size - 2 + (~computed & (num_contributors > 1))
+        with_it = load + (end - start) * (passed_on + num_contributors - computed)
+        owners[number] = owner = int(with_it.argmin())
+        load[owner] = with_it[owner]
+    return [
+        Segment(start, end, owner, tuple(np.flatnonzero(computed).tolist()))
+        for (start, end, computed), owner in zip(pieces, owners, strict=True)
+    ]
+
+
+def _runs(slices: Slices) -> list[tuple[int, int, np.ndarray]]:
+    """(start, end, bool [world_size]) of neighbouring slices that the same ranks computed; not what nobody computed."""
+    columns = slices.computed.T
+    changes = np.flatnonzero((columns[1:] != columns[:-1]).any(axis=1)) + 1
+    firsts = np.append(0, changes)
+    bounds = np.append(np.append(0, np.cumsum(slices.sizes))[firsts], slices.sizes.sum())
+    runs = zip(bounds[:-1].tolist(), bounds[1:].tolist(), columns[firsts], strict=True)
+    return [(start, end, column) for start, end, column in runs if end > start and column.any()]
+
+
+def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
+    return pairwise(first + (last - first) * part // parts for part in range(parts + 1))
+
+
+class _TwoShot:
+    """One call of `two_shot`.
+
+    All ranks walk the same list of segments, so messages between two ranks meet in its order: first the contributions,
+    then the sums. Contributions are all under way before any rank waits, and sums are waited for only after all
+    contributions were received, so no cycle of waits can form.
+    """
+
+    def __init__(self, transport: Transport, packed: torch.Tensor, what: str, slices: Slices, scratch: Scratch) -> None:
+        self._transport, self._packed, self._what = transport, packed, what
+        self._rank, self._world_size = transport.rank, transport.world_size
+        per_rank = -(-packed.numel() // (self._world_size * _SEGMENTS_PER_RANK))
+        longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
+        self._segments = partition(slices, longest)
+        longest = max((segment.end - segment.start for segment in self._segments), default=0)
+        self._slots = scratch.slots(_NUM_AHEAD * (self._world_size - 1), longest, packed.dtype)
+        self._contributions: dict[Segment, Pending] = {}
+        self._sums: list[Pending] = []
+
+    def run(self) -> None:
+        for segment in self._segments:
+            if self._rank in segment.contributors and self._rank != segment.owner:
+                self._contributions[segment] = self._send(segment, segment.owner)
+        self._reduce([segment for segment in self._segments if segment.owner == self._rank])
+        receives = [self._receive_sum(segment) for segment in self._segments if segment.sum_goes_to(self._rank)]
+        for pending in (*receives, *self._contributions.values(), *self._sums):
+            pending.wait()
+
+    def _reduce(self, owned: list[Segment]) -> None:
+        """Add up the segments that this rank owns, and send each sum on its way."""
+        arriving: deque[dict[int, tuple[Pending, torch.Tensor]]] = deque()
+        for number, segment in enumerate(owned):
+            for ahead in range(number + len(arriving), min(number + _NUM_AHEAD, len(owned))):
+                arriving.append(self._receive_contributions(owned[ahead], ahead % _NUM_AHEAD))
+            self._add_up(segment, arriving.popleft())
+            for step in range(1, self._world_size):
+                rank = (self._rank + step) % self._world_size
+                if segment.sum_goes_to(rank):
+                    self._sums.append(self._send(segment, rank))
+
+    def _receive_contributions(self, segment: Segment, window: int) -> dict[int, tuple[Pending, torch.Tensor]]:
+        """Post the receives of one segment: into scratch memory, or in place where this rank has nothing of its own."""
+        slots = iter(self._slots[window * (self._world_size - 1) :])
+        receives = {}
+        for rank in segment.contributors:
+            if rank == self._rank:
+                continue
+            is_in_place = rank == segment.contributors[0] and self._rank not in segment.contributors
+            target = self._view(segment) if is_in_place else next(slots)[: segment.end - segment.start]
+            receives[rank] = (self._transport.start_receive(target, rank, what=self._what), target)
+        return receives
+
+    def _add_up(self, segment: Segment, receives: dict[int, tuple[Pending, torch.Tensor]]) -> None:
+        """Leave the sum in the buffer: ((rank a + rank b) + rank c) for contributors a < b < c."""
+        own = self._view(segment)
+        total: torch.Tensor | None = None
+        for rank in segment.contributors:
+            part = own
+            if rank != self._rank:
+                pending, part = receives[rank]
+                pending.wait()
+            if total is None:
+                total = part
+            elif part is own:
+                ops.add_packed(own, total)
+                total = own
+            else:
+                ops.add_packed(total, part)
+
+    def _receive_sum(self, segment: Segment) -> Pending:
+        if segment in self._contributions:
+            self._contributions[segment].wait()  # it may still read the memory that is written now
+        return self._transport.start_receive(self._view(segment), segment.owner, what=self._what)
+
+    def _send(self, segment: Segment, rank: int) -> Pending:
+        return self._transport.start_send(self._view(segment), rank, what=self._what)
+
+    def _view(self, segment: Segment) -> torch.Tensor:
+        return self._packed[segment.start : segment.end]

@@ -1,0 +1,100 @@
+"""Starts jobs of several ranks, under the mpirun and torchrun that belong to the running interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+_RUN = """
+import runpy, sys
+for program in sys.argv[1:]:
+    path, _, name = program.partition(":")
+    runpy.run_path(path)[name]()
+"""
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "",  # else one print is several writes, and lines of ranks mix
+    # Open MPI refuses root and more ranks than cores unless told; MPICH rejects the matching options, so variables.
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+@dataclass
+class Finished:
+    """A job that ended by itself."""
+
+    code: int
+    output: str
+    ended: float  # time.time()
+
+    def seconds_after(self, mark: str) -> float:
+        """From the moment when a rank printed "<mark> <time.time()>" to the end of the job."""
+        return self.ended - max(float(seconds) for seconds in re.findall(rf"{mark} (\d+\.\d+)", self.output))
+
+
+def find_mpirun() -> str | None:
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def end_job(mark: str) -> None:
+    """Kill what a job left, known by its environment: launchers put ranks in groups and sessions of their own."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+        except OSError:
+            continue  # ended meanwhile, or somebody else's
+
+
+def run_job(command: list[str], timeout: float, env: dict[str, str] | None = None) -> Finished:
+    paths = [str(_ROOT / "python"), str(_ROOT), str(_ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
+    environment["JOINTSPAR_TEST_JOB"] = mark
+    job = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output, _ = job.communicate(timeout=timeout)
+        ended = time.time()
+    except subprocess.TimeoutExpired:
+        end_job(mark)
+        output, _ = job.communicate()
+        pytest.fail(f"the job did not end within {timeout} s\n{output}")
+    finally:
+        end_job(mark)
+    return Finished(job.returncode, output, ended)
+
+
+def find_launcher(name: str) -> list[str]:
+    """The command that starts ranks, up to their number; skips the test where there is none."""
+    if name == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
+    path = find_mpirun()
+    if find_spec("mpi4py") is None or path is None:
+        # `make test` installs an MPI, so there its absence is a failure
+        absent = pytest.fail if os.environ.get("JOINTSPAR_REQUIRE_MPI") else pytest.skip
+        absent("mpi4py is not installed, or no mpirun beside the interpreter or on PATH")
+    assert path is not None
+    return [path, "-n"]
+
+
+def run_on_ranks(
+    launcher: list[str], n: int, programs: list[str], timeout: float, env: dict[str, str] | None
+) -> Finished:
+    return run_job([*launcher, str(n), sys.executable, "-c", _RUN, *programs], timeout, env)

@@ -1,0 +1,121 @@
+"""The sum of what was computed, among threads; its order of addition, its bytes, and who owns what."""
+
+import importlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from jointspar.comm import local
+from jointspar.step.exchange import Slices, two_shot
+from jointspar.step.exchange.two_shot import partition
+from late_transport import on_threads
+
+module = importlib.import_module("jointspar.step.exchange.two_shot")
+
+
+def random_slices(rng, world_size, total):
+    """Slices of uneven sizes, some empty, in an order that has nothing to do with who computed them."""
+    cuts = np.sort(rng.integers(0, total + 1, 12))
+    sizes = np.diff(np.concatenate([[0], cuts, [total]]))
+    computed = rng.random((world_size, sizes.size)) < 0.5
+    computed[rng.integers(world_size, size=sizes.size), np.arange(sizes.size)] = True
+    return Slices(sizes, computed)
+
+
+def contributions(slices, values):
+    """`values` [world_size, total] where a rank computed them, NaN elsewhere, since that must not be read."""
+    where = np.repeat(slices.computed, slices.sizes, axis=1)
+    return [
+        torch.tensor(np.where(mask, row, np.nan), dtype=torch.float32) for mask, row in zip(where, values, strict=True)
+    ]
+
+
+def exchange(slices, buffers):
+    return on_threads(
+        len(buffers), lambda transport: two_shot(transport, buffers[transport.rank], what="test", slices=slices)
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize(("total", "min_bytes"), [(1, 4), (7, 4), (1000, 4), (1000, 4096), (300_000, 131072)])
+def test_contributions_are_added_in_the_order_of_ranks(rng, monkeypatch, world_size, total, min_bytes):
+    monkeypatch.setattr(module, "_MIN_SEGMENT_BYTES", min_bytes)
+    slices = random_slices(rng, world_size, total)
+    values = rng.standard_normal((world_size, total)).astype(np.float32)
+    expected = np.full(total, np.nan, dtype=np.float32)
+    for row, mask in zip(values, np.repeat(slices.computed, slices.sizes, axis=1), strict=True):
+        expected = np.where(mask, np.where(np.isnan(expected), row, expected + row), expected)
+    buffers = contributions(slices, values)
+    exchange(slices, buffers)
+    assert all((buffer.numpy() == expected).all() for buffer in buffers)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_without_slices_all_ranks_computed_all_of_it(world_size):
+    buffers = [torch.arange(999.0) * (rank + 1) for rank in range(world_size)]
+    transports = exchange(None, buffers)
+    assert all(torch.equal(buffer, torch.arange(999.0) * sum(range(1, world_size + 1))) for buffer in buffers)
+    assert sum(transport.bytes_sent for transport in transports) == 2 * (world_size - 1) * 4 * 999
+
+
+def test_each_slice_is_sent_as_often_as_it_must():
+    slices = Slices(np.array([100, 100, 40]), np.array([[1, 0, 1], [0, 1, 1]], dtype=bool))
+    transports = exchange(slices, contributions(slices, np.ones((2, 240))))
+    assert [transport.bytes_sent for transport in transports] == [4 * 140, 4 * 140]
+    assert slices.sent_by_two_shot() * 2 == 280  # a ring sends 2 * 240
+
+
+def test_one_ranks_work_reaches_all_others_through_all_of_them():
+    """Handing on is shared: nobody sends more than a ring would have."""
+    slices = Slices(np.array([400_000]), np.array([[1], [0], [0], [0]], dtype=bool))
+    buffers = contributions(slices, np.ones((4, 400_000)))
+    transports = exchange(slices, buffers)
+    assert all((buffer == 1).all() for buffer in buffers)
+    sent = [transport.bytes_sent // 4 for transport in transports]
+    assert sum(sent) == 3 * 400_000
+    assert max(sent) <= 1.5 * 400_000
+
+
+def test_segments_hold_every_element_once_with_its_contributors(rng):
+    for world_size in (2, 3, 8):
+        slices = random_slices(rng, world_size, 5000)
+        segments = partition(slices, 128)
+        assert [segment.start for segment in segments] == [0, *(segment.end for segment in segments[:-1])]
+        assert segments[-1].end == 5000
+        masks = np.repeat(slices.computed, slices.sizes, axis=1)
+        for segment in segments:
+            assert 0 < segment.end - segment.start <= 128
+            assert (masks[:, segment.start : segment.end].sum(axis=1) > 0).nonzero()[0].tolist() == list(
+                segment.contributors
+            )
+            assert (masks[list(segment.contributors), segment.start : segment.end]).all()
+
+
+def test_ownership_is_even_where_all_ranks_computed_all_of_it():
+    segments = partition(Slices(np.array([6400]), np.ones((4, 1), dtype=bool)), 100)
+    owned = [sum(s.end - s.start for s in segments if s.owner == rank) for rank in range(4)]
+    assert owned == [1600] * 4
+
+
+def test_what_nobody_computed_is_left_alone():
+    slices = Slices(np.array([3, 2]), np.array([[1, 0], [1, 0]], dtype=bool))
+    buffers = [torch.full((5,), 7.0) for _ in range(2)]
+    exchange(slices, buffers)
+    assert all(buffer.tolist() == [14.0] * 3 + [7.0] * 2 for buffer in buffers)
+
+
+def test_two_segments_meet_without_gap():
+    """Neighbouring slices of the same ranks are one run, cut evenly."""
+    computed = np.array([[1, 1, 0], [0, 0, 1]], dtype=bool)
+    segments = partition(Slices(np.array([50, 60, 10]), computed), 100)
+    assert [(segment.start, segment.end) for segment in segments] == [(0, 55), (55, 110), (110, 120)]
+    assert all(first.end == second.start for first, second in pairwise(segments))
+
+
+def test_slices_of_another_buffer_are_refused():
+    with pytest.raises(ValueError, match="slices are not of 5 elements and 1 ranks"):
+        two_shot(local(), torch.ones(5), what="test", slices=Slices(np.array([4]), np.ones((1, 1), dtype=bool)))
+    with pytest.raises(ValueError, match="slices are not of 5 elements and 1 ranks"):
+        two_shot(local(), torch.ones(5), what="test", slices=Slices(np.array([5]), np.ones((2, 1), dtype=bool)))
