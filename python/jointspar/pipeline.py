@@ -62,9 +62,12 @@ class Pipeline:
         self.layers, self.sampling, self.comm = layers, sampling, comm
         self.packer = Packer(layers.parameters, layers.names, wire_dtype)
         is_partial = sampling.strategy != "shared"
-        self.chooser = Chooser(exchange, comm, self.packer.wire_dtype, is_partial=is_partial)
+        self.chooser = Chooser(
+            exchange, comm, self.packer.wire_dtype, is_partial=is_partial, device=layers.parameters[0].device
+        )
         self._decays_idle = inactive == "decay"
         settings = {"optimizer": optimizer_name, "inactive": inactive, "exchange": exchange}
+        settings["device"] = layers.parameters[0].device.type
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
         self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers())
@@ -75,7 +78,7 @@ class Pipeline:
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
         self.stats = Stats()
         self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
-        self.chooser.measure(self.packer.dense_bytes(np.ones(len(layers.parameters), dtype=bool)))
+        self.chooser.prepare(self.packer.dense_bytes(np.ones(len(layers.parameters), dtype=bool)))
         self.draw_next()
 
     def exchange_gradients(

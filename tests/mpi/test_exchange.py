@@ -128,7 +128,7 @@ def check_the_measured_choice(transport):
     """All ranks hold the same costs, of everything that carries the dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         chooser = Chooser("auto", transport, dtype, is_partial=True)
-        chooser.measure(40_000_000)
+        chooser.prepare(40_000_000)
         words = np.array([stable_hash(chooser.costs)], dtype=np.int64)
         rows = transport.start_headers(words, what="digest").wait()
         assert (rows == rows[0]).all()

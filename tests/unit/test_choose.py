@@ -7,6 +7,7 @@ import torch
 from jointspar.comm import local
 from jointspar.step.exchange import Chooser, Costs, Slices, candidates, choose
 from jointspar.step.exchange.measure import measure
+from jointspar.step.exchange.staged import Staged
 
 
 class Ranks:
@@ -136,7 +137,7 @@ def test_a_state_is_taken_over_where_it_applies():
 
 def test_a_named_exchange_is_neither_measured_nor_remembered():
     named = Chooser("ring", Ranks(), torch.float32, is_partial=True)
-    named.measure(1 << 20)
+    named.prepare(1 << 20)
     assert named.costs is None and named.state_dict() == {}
     named.load_state_dict(chooser((16,), allreduce=(1.0,), ring=(3.0,)).state_dict())
     assert named.choose(everything(10)) == "ring"
@@ -147,3 +148,15 @@ def test_dense_bytes_are_what_each_exchange_would_send():
     assert [both.sent_bytes(name, 1000) for name in choose.NAMES[1:]] == [1000, 1000, 1000]
     alone = Chooser("auto", local(), torch.float32, is_partial=True)
     assert [alone.sent_bytes(name, 1000) for name in choose.NAMES[1:]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("takes_cuda", [False, True])
+def test_on_a_cuda_device_only_what_the_transport_takes_goes_there_unstaged(takes_cuda, monkeypatch):
+    ranks = Ranks()
+    monkeypatch.setattr(ranks, "agree_on_cuda", lambda: takes_cuda, raising=False)
+    staged = {}
+    for name in ("allreduce", "ring", "two_shot"):
+        made = Chooser(name, ranks, torch.float32, is_partial=True, device=torch.device("cuda", 0))
+        made.prepare(1 << 20)
+        staged[name] = isinstance(made._candidates[name], Staged)
+    assert staged == {"allreduce": not takes_cuda, "ring": True, "two_shot": True}

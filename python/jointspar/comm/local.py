@@ -32,6 +32,9 @@ class LocalTransport:
         self._check_usable(what)
         check_buffer(buffer)
 
+    def agree_on_cuda(self) -> bool:
+        return True
+
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return True
 

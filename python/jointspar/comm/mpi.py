@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from jointspar.comm import cuda_mpi
+from jointspar.comm.device import call_with_deadline, wait_for_stream
 from jointspar.comm.process import WARN_SECONDS, ProcessTransport, checked_timeout
-from jointspar.comm.transport import check_words
+from jointspar.comm.transport import check_buffer, check_words
 from jointspar.errors import CollectiveTimeout, JointSparError
 
 _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
@@ -52,6 +54,7 @@ class MpiTransport(ProcessTransport):
             torch.int64: mpi_module.INT64_T,
         }
         self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
+        self._takes_cuda: bool | None = None  # not asked yet
 
     def _duplicate(self, communicator: Any) -> Any:
         """A communicator of our own; unlike Dup, with a deadline."""
@@ -72,6 +75,9 @@ class MpiTransport(ProcessTransport):
     def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
         if not self.can_allreduce(buffer.dtype):
             raise TypeError(f"{what}: {self.name} cannot sum {buffer.dtype}")
+        if buffer.device.type == "cuda":
+            self._allreduce_on_device(buffer, what)
+            return
         datatype = self._datatypes[buffer.dtype]
         memory = self._memory(buffer, what).view(buffer.detach().numpy().dtype)
         if self.world_size == 1:
@@ -82,6 +88,35 @@ class MpiTransport(ProcessTransport):
         ]
         self.bytes_sent += memory.nbytes
         _Pending(self, requests, buffer, what).wait()
+
+    def _allreduce_on_device(self, buffer: torch.Tensor, what: str) -> None:
+        """By a blocking call: Open MPI crashes where a non-blocking one gets CUDA memory."""
+        self._check_usable(what)
+        check_buffer(buffer)
+        if not self.agree_on_cuda():
+            raise TypeError(f"{what}: {self.name} does not take CUDA memory ({cuda_mpi.ENVIRONMENT_VARIABLE})")
+        if self.world_size == 1 or buffer.numel() == 0:
+            return
+        datatype = self._datatypes[buffer.dtype]
+        chunks = [[chunk, chunk.numel(), datatype] for chunk in buffer.detach().split(_MAX_CHUNK)]
+
+        def sum_chunks() -> None:
+            torch.cuda.set_device(buffer.device)
+            for chunk in chunks:
+                self._call(what, self._payload.Allreduce, self._mpi.IN_PLACE, chunk, self._mpi.SUM)
+
+        wait_for_stream(self, buffer.device, what=what)
+        call_with_deadline(self, sum_chunks, what=what)
+        self.bytes_sent += buffer.numel() * buffer.element_size()
+
+    def agree_on_cuda(self) -> bool:
+        if self._takes_cuda is None:
+            verdict = cuda_mpi.decide()
+            is_threaded = self._mpi.Query_thread() >= self._mpi.THREAD_SERIALIZED  # the call runs on a helper thread
+            own = np.array([verdict.is_usable and is_threaded], dtype=np.int64)
+            rows = self.start_headers(own, what="agreement on CUDA memory").wait()
+            self._takes_cuda = bool(rows.all())
+        return self._takes_cuda
 
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return dtype in self._datatypes

@@ -35,6 +35,9 @@ class ProcessTransport:
         if on_failure == "abort" and world_size > 1:
             abort_on_uncaught(self)  # type: ignore[arg-type]  # before the first operation that could fail
 
+    def agree_on_cuda(self) -> bool:
+        return False
+
     @property
     def is_closed(self) -> bool:
         return self._is_closed or self._is_shut_down()
@@ -62,11 +65,11 @@ class ProcessTransport:
         atexit.unregister(self._abort_if_failed)
 
     def _memory(self, buffer: torch.Tensor, what: str) -> np.ndarray:
-        """The bytes that the library may touch. Every tensor passes here, so here streams are to be synchronised."""
+        """The bytes of host memory that the library may touch."""
         self._check_usable(what)
         check_buffer(buffer)
         if buffer.device.type != "cpu":
-            raise TypeError(f"{what}: only CPU tensors go to {self._library} in this version, not {buffer.device}")
+            raise TypeError(f"{what}: only CPU tensors go to {self._library}, not one on {buffer.device}")
         return as_bytes(buffer)
 
     def _check_usable(self, what: str) -> None:

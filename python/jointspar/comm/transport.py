@@ -55,8 +55,12 @@ class Transport(Protocol):
         """Sum a contiguous 1-D buffer over the ranks, in place, by the transport's own collective.
 
         Counts the buffer's bytes as sent: what the collective makes of them is its own affair.
+        In CUDA memory only where `agree_on_cuda` said yes; the current stream's work on it is waited for.
         Raises TypeError for a dtype that `can_allreduce` denies.
         """
+
+    def agree_on_cuda(self) -> bool:
+        """Whether `allreduce` takes CUDA memory on every rank. Collective."""
 
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         """Whether the transport's own collective sums this dtype."""

@@ -14,6 +14,7 @@ from jointspar.step.exchange.interface import Exchange, Slices
 from jointspar.step.exchange.measure import Costs, measure
 from jointspar.step.exchange.ring import ring
 from jointspar.step.exchange.scratch import Scratch
+from jointspar.step.exchange.staged import Staged
 from jointspar.step.exchange.two_shot import two_shot
 
 NAMES = ("auto", "allreduce", "ring", "two_shot")
@@ -52,20 +53,37 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
 class Chooser:
     """The exchanges of one optimizer's packed buffers, and the choice among them for each buffer.
 
-    All ranks choose alike: by costs that they agreed on, and by slices that they all know. Until `measure`, or where
+    All ranks choose alike: by costs that they agreed on, and by slices that they all know. Until `prepare`, or where
     there is nothing to choose, the first candidate is taken.
     """
 
-    def __init__(self, name: str, transport: Transport, dtype: torch.dtype, *, is_partial: bool) -> None:
-        self._transport, self._dtype = transport, dtype
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        dtype: torch.dtype,
+        *,
+        is_partial: bool,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
+        self._transport, self._dtype, self._device = transport, dtype, device
         self._candidates = candidates(name, transport, dtype, is_partial=is_partial)
         self._world_size = transport.world_size
         self.costs: Costs | None = None
 
-    def measure(self, num_bytes: int) -> None:
-        """Learn what the candidates cost, where there are several. Collective. num_bytes: of the largest buffer."""
+    def prepare(self, num_bytes: int) -> None:
+        """Learn what the candidates cost, where there are several. Collective, once the ranks agreed on settings.
+
+        On a CUDA device they go through pinned host memory, except allreduce where the transport takes device memory.
+        num_bytes: of the largest buffer.
+        """
+        if self._device.type == "cuda" and self._world_size > 1:
+            takes_cuda = self._transport.agree_on_cuda()
+            for name, exchange in self._candidates.items():
+                if name != "allreduce" or not takes_cuda:
+                    self._candidates[name] = Staged(exchange)
         if len(self._candidates) > 1:
-            self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes)
+            self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes, self._device)
 
     def choose(self, slices: Slices) -> str:
         """The name of the exchange for a buffer of these slices."""
@@ -75,6 +93,8 @@ class Chooser:
 
     def exchange(self, name: str, packed: torch.Tensor, *, what: str, slices: Slices) -> None:
         """Sum `packed` over the ranks, in place, by the exchange that `choose` named."""
+        if self._world_size == 1:
+            return
         self._candidates[name](self._transport, packed, what=what, slices=slices)
 
     def sent_bytes(self, name: str, num_bytes: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from jointspar.comm.device import wait_for_stream
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange.interface import Exchange, Slices
 
@@ -45,15 +46,26 @@ class Costs:
         return min(self.seconds, key=promised)
 
 
-def measure(candidates: Mapping[str, Exchange], transport: Transport, dtype: torch.dtype, num_bytes: int) -> Costs:
+def measure(
+    candidates: Mapping[str, Exchange],
+    transport: Transport,
+    dtype: torch.dtype,
+    num_bytes: int,
+    device: torch.device | None = None,
+) -> Costs:
     """Time each candidate on buffers of growing length; the same costs on all ranks. Collective.
 
-    num_bytes: of the largest buffer to come, the same on all ranks. From 16 KiB the buffer grows to that, or 32 MiB, or
+    num_bytes: of the largest buffer to come, the same on all ranks. device: where buffers are, default the CPU. From
+    16 KiB the buffer grows to that, or 32 MiB, or
     on a slow link to less: no step up that does not promise to stay within 0.3 s.
     """
     longest = max(1, min(num_bytes, _LARGEST_BYTES) // dtype.itemsize)
     length = min(longest, _SMALLEST_BYTES // dtype.itemsize)
-    lengths, times = [length], [_best_times(candidates, transport, dtype, length)]
+
+    def best_times(num_elements: int) -> np.ndarray:
+        return _best_times(candidates, transport, torch.zeros(num_elements, dtype=dtype, device=device))
+
+    lengths, times = [length], [best_times(length)]
     while True:
         affordable = int(length * _SECONDS / (_ROUNDS * times[-1].sum()))
         longer = min(longest, _GROWTH * length, affordable)
@@ -61,17 +73,14 @@ def measure(candidates: Mapping[str, Exchange], transport: Transport, dtype: tor
             break
         length = longer
         lengths.append(length)
-        times.append(_best_times(candidates, transport, dtype, length))
+        times.append(best_times(length))
     columns = np.array(times).T.tolist()
     seconds = {name: tuple(column) for name, column in zip(candidates, columns, strict=True)}
     return Costs(tuple(length * dtype.itemsize for length in lengths), seconds)
 
 
-def _best_times(
-    candidates: Mapping[str, Exchange], transport: Transport, dtype: torch.dtype, num_elements: int
-) -> np.ndarray:
+def _best_times(candidates: Mapping[str, Exchange], transport: Transport, buffer: torch.Tensor) -> np.ndarray:
     """Seconds of the slowest rank in the best round, float64 [num_candidates], never 0."""
-    buffer = torch.zeros(num_elements, dtype=dtype)
     best, taken = np.full(len(candidates), math.inf), 0.0
     for _ in range(_ROUNDS):
         nanoseconds = np.empty(len(candidates), dtype=np.int64)
@@ -79,6 +88,7 @@ def _best_times(
             transport.start_headers(np.zeros(1, dtype=np.int64), what="measuring exchanges").wait()  # start together
             began = time.perf_counter_ns()
             exchange(transport, buffer, what="measuring exchanges")
+            wait_for_stream(transport, buffer.device, what="measuring exchanges")
             nanoseconds[number] = max(1, time.perf_counter_ns() - began)
         rows = transport.start_headers(nanoseconds, what="measuring exchanges").wait()
         slowest = rows.max(axis=0) / 1e9
