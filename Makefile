@@ -18,7 +18,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 NATIVE_SOURCES := $(shell find csrc jointspar_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt cmake/cuda.cmake cmake/keep_log.sh
 CPP_FILES = $(shell find csrc jointspar_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:
@@ -60,7 +60,7 @@ test-cpp: $(VENV)/.stamp-project
 	@echo "== C++ tests"
 	@mkdir -p $(CPP_BUILD)
 	@cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_BUILD_EXTENSION=OFF > /dev/null
+	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_BUILD_EXTENSION=OFF -DJOINTSPAR_CUDA_EXT=0 > /dev/null
 	@cmake --build $(CPP_BUILD) -- --quiet
 	@ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error | tail -n +2
 

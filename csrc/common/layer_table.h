@@ -10,7 +10,7 @@
 
 namespace jointspar {
 
-constexpr int64_t kChunkSize = 16384;
+constexpr int64_t kChunkSize = 16384;  // of the CPU kernels; common/device_chunks.h has the device's
 
 struct Chunk {
     int64_t slice;
@@ -18,7 +18,17 @@ struct Chunk {
     int64_t size;
 };
 
-JOINTSPAR_HOST_DEVICE inline int64_t num_chunks_of(int64_t size) { return (size + kChunkSize - 1) / kChunkSize; }
+JOINTSPAR_HOST_DEVICE inline int64_t num_chunks_of(int64_t size, int64_t chunk_size = kChunkSize) {
+    return (size + chunk_size - 1) / chunk_size;
+}
+
+// Chunk `number` of a slice of `size` elements, 0 <= number. Past the slice's last element: a chunk of size <= 0.
+JOINTSPAR_HOST_DEVICE inline Chunk chunk_of_slice(int64_t slice, int64_t number, int64_t size,
+                                                  int64_t chunk_size = kChunkSize) {
+    const int64_t begin = number * chunk_size;
+    const int64_t rest = size - begin;
+    return Chunk{slice, begin, rest < chunk_size ? rest : chunk_size};
+}
 
 // Index of the last entry <= value in a non-decreasing array with starts[0] <= value.
 JOINTSPAR_HOST_DEVICE inline int64_t last_not_above(const int64_t* starts, int64_t count, int64_t value) {
@@ -39,9 +49,7 @@ JOINTSPAR_HOST_DEVICE inline int64_t last_not_above(const int64_t* starts, int64
 JOINTSPAR_HOST_DEVICE inline Chunk locate_chunk(const int64_t* first_chunk, const int64_t* sizes, int64_t num_slices,
                                                 int64_t chunk) {
     const int64_t slice = last_not_above(first_chunk, num_slices, chunk);
-    const int64_t begin = (chunk - first_chunk[slice]) * kChunkSize;
-    const int64_t rest = sizes[slice] - begin;
-    return Chunk{slice, begin, rest < kChunkSize ? rest : kChunkSize};
+    return chunk_of_slice(slice, chunk - first_chunk[slice], sizes[slice]);
 }
 
 #if !defined(__CUDACC_RTC__)

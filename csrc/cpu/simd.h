@@ -1,11 +1,11 @@
-// What the streaming kernels share: instruction sets, dtype dispatch, sums of squares.
+// What the streaming kernels share: instruction sets and sums of squares.
 #pragma once
 
-#include <cfloat>
 #include <cstddef>
 
 #include "common/float16.h"
-#include "jointspar/types.h"
+#include "common/square_sums.h"
+#include "common/visit_dtype.h"
 
 // A function so marked is compiled for AVX2 and for the baseline, and the loader picks one. Everything hot must be
 // inlined into it. Neither version contracts a * b + c (-ffp-contract=off), so both give the same bits.
@@ -16,22 +16,6 @@
 #endif
 
 namespace jointspar {
-
-// Calls visit with a value of the element type.
-template <class Visit>
-JOINTSPAR_INLINE auto visit_dtype(DType dtype, Visit visit) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return visit(double{});
-        case DType::kBFloat16:
-            return visit(BFloat16{});
-        case DType::kFloat16:
-            return visit(Float16{});
-        case DType::kFloat32:
-        default:
-            return visit(float{});
-    }
-}
 
 // A sum of squares in kLanes independent lanes: element i of a chunk belongs to lane i % kLanes in every kernel, so
 // all kernels find the same bits for the same data.
@@ -71,9 +55,8 @@ JOINTSPAR_INLINE double sum_of_squares_in_double(const T* values, int64_t size) 
 // underflowed are summed again in double: NaN and Inf then come from the data alone.
 template <class T, class Acc>
 JOINTSPAR_INLINE double checked_total(const SquareLanes<Acc>& squares, const T* values, int64_t size) {
-    constexpr double kSmallestTrusted = 1e-25;  // kChunkSize squares flushed to zero lose less than 1e-8 of this
     const double sum = squares.total();
-    if (sizeof(Acc) == sizeof(double) || (sum >= kSmallestTrusted && sum <= DBL_MAX)) return sum;
+    if (sizeof(Acc) == sizeof(double) || is_trusted_sum(sum)) return sum;
     return sum_of_squares_in_double(values, size);
 }
 

@@ -1,11 +1,9 @@
 // Reductions over one thread block in a fixed order: the same bits in every run. No host code: NVRTC reads this.
 #pragma once
 
-#include "common/portable.h"
+#include "common/device_chunks.h"
 
 namespace jointspar {
-
-constexpr int kWarpSize = 32;
 
 template <class T, class Combine>
 __device__ JOINTSPAR_INLINE T warp_reduce(T value, Combine combine) {
@@ -32,6 +30,13 @@ __device__ JOINTSPAR_INLINE T block_reduce(T value, T identity, T* scratch, Comb
 template <class T>
 __device__ JOINTSPAR_INLINE T block_sum(T value, T* scratch) {
     return block_reduce(value, T(0), scratch, [](T a, T b) { return a + b; });
+}
+
+// The same with shared memory of its own.
+template <class T>
+__device__ JOINTSPAR_INLINE T block_sum(T value) {
+    __shared__ T scratch[kWarpSize];
+    return block_sum(value, scratch);
 }
 
 }  // namespace jointspar

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/device_chunks.h"
 #include "jointspar/types.h"
 
 namespace jointspar {
@@ -27,7 +28,21 @@ inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), ke
 
 inline cudaStream_t stream_of(const DeviceQueue& queue) { return static_cast<cudaStream_t>(queue.stream); }
 
-// Makes the queue's device current, and the caller's again at the end of the scope.
+constexpr int64_t kMaxBlocks = 2147483647;  // of a grid's first dimension
+
+// Launches a kernel of kThreadsPerBlock threads a block and checks that it was accepted. `name` is for the error.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, const DeviceQueue& queue,
+            Arguments... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+    config.blockDim = dim3(kThreadsPerBlock);
+    config.stream = stream_of(queue);
+    check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+}
+
+// Makes the queue's device current, and the caller's again at the end of the scope. The destructor has nobody to tell
+// of a failure; whoever comes next finds it.
 class DeviceGuard {
   public:
     explicit DeviceGuard(const DeviceQueue& queue) {
@@ -40,6 +55,20 @@ class DeviceGuard {
 
   private:
     int before_ = 0;
+};
+
+// For the scope of a call. Allocations, event queries and the loading of a kernel at its first launch are forbidden to
+// every thread while some thread captures a stream, unless a thread says, as here, that it knows what it does: nothing
+// here touches what is being captured.
+class RelaxedCapture {
+  public:
+    RelaxedCapture() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 }  // namespace jointspar

@@ -5,20 +5,6 @@
 
 namespace jointspar {
 
-// One parameter tensor with its momentum and gradient: flat, in memory order, `size` elements each.
-// momentum_buffer has accumulator type: float64 for float64 parameters, else float32.
-struct UpdateTensor {
-    void* param;
-    void* momentum_buffer;
-    const void* grad;  // null: a gradient of zeros
-    int64_t size;
-    DType param_dtype;
-    DType grad_dtype;
-    double lr;
-    double momentum;
-    double weight_decay;
-};
-
 // tensors     [num_tensors]  param and momentum_buffer are updated in place, each element read and written once
 // grad_norms  [num_tensors]  float64, written: ||g|| (may be null)
 // skip_nonfinite: where any gradient holds a NaN or infinity, params and momenta are not written; one more read pass

@@ -35,6 +35,20 @@ struct NormSlice {
     int64_t size;
 };
 
+// One parameter tensor with its momentum and gradient: flat, in memory order, `size` elements each.
+// momentum_buffer has accumulator type: float64 for float64 parameters, else float32.
+struct UpdateTensor {
+    void* param;
+    void* momentum_buffer;
+    const void* grad;  // null: a gradient of zeros
+    int64_t size;
+    DType param_dtype;
+    DType grad_dtype;
+    double lr;
+    double momentum;
+    double weight_decay;
+};
+
 // Where a CUDA operation runs: all of its work is put on `stream` (a cudaStream_t) of device `device`, and the call
 // returns without waiting for it. Throws CudaError (std::runtime_error) where a launch is refused.
 struct DeviceQueue {

@@ -1,0 +1,42 @@
+# The library jointspar_cuda, where JOINTSPAR_CUDA_EXT and the machine allow it. The runtime is linked statically: the
+# extension then loads on machines without a driver, and says so when a CUDA operation is called.
+if(JOINTSPAR_CUDA_EXT STREQUAL "0")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(JOINTSPAR_CUDA_EXT STREQUAL "1")
+    message(FATAL_ERROR "JOINTSPAR_CUDA_EXT=1: no CUDA compiler found. Put nvcc (CUDA 12 or later) on the PATH, name it "
+      "in CUDACXX, or build without CUDA kernels (JOINTSPAR_CUDA_EXT=0 or auto).")
+  endif()
+  message(STATUS "No CUDA compiler: built without CUDA kernels")
+  return()
+endif()
+
+set(CMAKE_CUDA_ARCHITECTURES "${JOINTSPAR_CUDA_ARCHITECTURES}")
+enable_language(CUDA)
+find_package(CUDAToolkit 12.0 REQUIRED)
+
+add_library(jointspar_cuda STATIC EXCLUDE_FROM_ALL
+  csrc/cuda/lars_update_cuda.cu
+  csrc/cuda/pack_cuda.cu
+  csrc/cuda/project_cuda.cu
+  csrc/cuda/sample_cuda.cu
+  csrc/cuda/sgd_update_cuda.cu
+  csrc/cuda/squared_norms_cuda.cu
+  csrc/cuda/unpack_cuda.cu
+  csrc/cuda/update_probabilities_cuda.cu
+  csrc/cuda/workspace.cu)
+set_target_properties(jointspar_cuda PROPERTIES
+  CUDA_STANDARD 17
+  CUDA_STANDARD_REQUIRED ON
+  CUDA_VISIBILITY_PRESET hidden
+  # Keeps what ptxas reports (registers, spills) next to the object file, off the screen.
+  CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/cmake/keep_log.sh)
+target_include_directories(jointspar_cuda PUBLIC csrc csrc/include)
+# No contraction of a * b + c, as on the CPU: elements get the same bits on both. A spill or a warning is an error.
+target_compile_options(jointspar_cuda PRIVATE
+  -fmad=false -Xptxas=-v,-warn-spills,-warn-lmem-usage -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow)
+target_link_libraries(jointspar_cuda PUBLIC CUDA::cudart_static)
