@@ -1,4 +1,4 @@
-"""Builds jointspar_ext._core with CMake; everything else about the package is in pyproject.toml."""
+"""Builds the modules of jointspar_ext with CMake; everything else about the package is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the one CMake target where setuptools expects the module."""
+    """Configures and builds all modules at once where setuptools expects the first.
+
+    JOINTSPAR_BUILD_DIR names a folder that outlives this build, so that the next one compiles only what changed.
+    """
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is not self.extensions[0]:
+            return  # built with the first, where a CUDA compiler was found
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir = Path(os.environ.get("JOINTSPAR_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(min(os.cpu_count() or 1, 8)))
         configure = [
@@ -35,7 +40,13 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ:
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_core", "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), "--target", "extensions", "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("jointspar_ext._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[
+        Extension("jointspar_ext._core", sources=[]),
+        Extension("jointspar_ext._cuda", sources=[], optional=True),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 class _BuildInfo(TypedDict):
     version: str
     compiler: str
-    cuda: bool
     openmp: int
     simd: str
 

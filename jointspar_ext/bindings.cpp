@@ -18,8 +18,8 @@ const char* instruction_set() {
 }
 
 py::dict build_info() {
-    return py::dict("version"_a = JOINTSPAR_VERSION, "compiler"_a = JOINTSPAR_COMPILER, "cuda"_a = false,
-                    "openmp"_a = _OPENMP, "simd"_a = instruction_set());
+    return py::dict("version"_a = JOINTSPAR_VERSION, "compiler"_a = JOINTSPAR_COMPILER, "openmp"_a = _OPENMP,
+                    "simd"_a = instruction_set());
 }
 
 }  // namespace
