@@ -23,20 +23,25 @@ inline void check_cuda(cudaError_t status, const char* what) {
     throw CudaError(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Right after <<<...>>>: a bad launch configuration shows here. What a kernel does wrong shows at a later wait.
-inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
-
 inline cudaStream_t stream_of(const DeviceQueue& queue) { return static_cast<cudaStream_t>(queue.stream); }
 
 constexpr int64_t kMaxBlocks = 2147483647;  // of a grid's first dimension
 
-// Launches a kernel of kThreadsPerBlock threads a block and checks that it was accepted. `name` is for the error.
+struct Grid {
+    Grid(int64_t num_blocks_, uint32_t num_threads_ = kThreadsPerBlock)  // not explicit: most kernels need one number
+        : num_blocks(num_blocks_), num_threads(num_threads_) {}
+    int64_t num_blocks;
+    uint32_t num_threads;  // of a block
+};
+
+// Launches a kernel and checks that it was accepted: a bad configuration shows here, what a kernel does wrong at a
+// later wait. `name` is for the error.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, const DeviceQueue& queue,
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const DeviceQueue& queue,
             Arguments... arguments) {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(num_blocks));
-    config.blockDim = dim3(kThreadsPerBlock);
+    config.gridDim = dim3(static_cast<unsigned>(grid.num_blocks));
+    config.blockDim = dim3(grid.num_threads);
     config.stream = stream_of(queue);
     check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }

@@ -10,9 +10,9 @@ void project_probabilities_cuda(const double* log_weights, int64_t num_layers, d
     check_budget(num_layers, budget, p_min);
     if (num_layers == 0) return;
     const DeviceGuard guard(queue);
-    project_probabilities_kernel<<<1, projection_threads(num_layers), 0, stream_of(queue)>>>(
-        log_weights, num_layers, budget, p_min, probabilities);
-    check_launch("project_probabilities_kernel");
+    const RelaxedCapture relaxed;
+    launch("project_probabilities_kernel", &project_probabilities_kernel, {1, projection_threads(num_layers)}, queue,
+           log_weights, num_layers, budget, p_min, probabilities);
 }
 
 }  // namespace jointspar

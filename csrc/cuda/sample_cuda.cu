@@ -12,13 +12,13 @@ void sample_layers_cuda(const double* probabilities, int64_t num_layers, uint64_
     const DeviceGuard guard(queue);
     const bool is_systematic = draw == Draw::kSystematic;
     const int64_t layers_per_block = is_systematic ? kDrawLayersPerBlock : kDrawThreads;
-    const auto num_blocks = static_cast<uint32_t>((num_layers + layers_per_block - 1) / layers_per_block);
+    const int64_t num_blocks = (num_layers + layers_per_block - 1) / layers_per_block;
     const uint32_t random_rank = strategy == Strategy::kIndependent ? rank : kAllRanks;
     const bool is_stratified = strategy == Strategy::kStratified;
     const auto kernel = is_systematic ? sample_systematic_kernel : sample_bernoulli_kernel;
-    kernel<<<num_blocks, kDrawThreads, 0, stream_of(queue)>>>(probabilities, num_layers, seed, step, random_rank,
-                                                              is_stratified, rank, world_size, active);
-    check_launch(is_systematic ? "sample_systematic_kernel" : "sample_bernoulli_kernel");
+    const RelaxedCapture relaxed;
+    launch(is_systematic ? "sample_systematic_kernel" : "sample_bernoulli_kernel", kernel, {num_blocks, kDrawThreads},
+           queue, probabilities, num_layers, seed, step, random_rank, is_stratified, rank, world_size, active);
 }
 
 }  // namespace jointspar

@@ -12,10 +12,10 @@ void update_probabilities_cuda(const double* probabilities, const double* drawn_
     check_bandit_lr(params.bandit_lr);
     check_budget(num_layers, params.budget, params.p_min);
     const DeviceGuard guard(queue);
-    update_probabilities_kernel<<<1, projection_threads(num_layers), 0, stream_of(queue)>>>(
-        probabilities, drawn_probabilities, squared_norms, active, num_layers, gradient_bound, params.budget,
-        params.p_min, params.bandit_lr, params.shift, updated_probabilities);
-    check_launch("update_probabilities_kernel");
+    const RelaxedCapture relaxed;
+    launch("update_probabilities_kernel", &update_probabilities_kernel, {1, projection_threads(num_layers)}, queue,
+           probabilities, drawn_probabilities, squared_norms, active, num_layers, gradient_bound, params.budget,
+           params.p_min, params.bandit_lr, params.shift, updated_probabilities);
 }
 
 }  // namespace jointspar
