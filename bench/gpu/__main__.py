@@ -25,8 +25,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=environment.ROOT / "bench" / "results", metavar="DIR")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--backends", nargs="+", choices=("native", "cupy"), default=["native"])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile; about two minutes")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
+    parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="leave out torch.compile, which takes minutes for ResNet-50's tensors alone",
+    )
     return parser.parse_args(arguments)
 
 
