@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """What to run, by the name that the summary gives it."""
-    wanted = {"tests": [*PYTEST, "tests/cuda", *options.pytest_args.split()]}
+    wanted = {"tests": [*PYTEST, "-m", "cuda", "tests/cuda", *options.pytest_args.split()]}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if options.tools and sanitizer is None:
         raise in_place.CannotRun("no compute-sanitizer on the PATH; --tools without a name leaves it out")
