@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python lint format bench clean clean-all
+.PHONY: help demo test test-cpp test-python lint format bench test-gpu bench-gpu clean clean-all
 .DEFAULT_GOAL := help
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -27,6 +27,7 @@ help:
 	@echo "make lint     ruff, mypy, clang-format; changes nothing"
 	@echo "make format   rewrite the sources as lint wants them"
 	@echo "make bench    measure the operations (bench/)"
+	@echo "make test-gpu, make bench-gpu    test or measure on a GPU, with PYTHON as it is: see CONTRIBUTING.md"
 	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/ (clean-all: not $(VENV))"
 
 # --- set-up: each stamp stands for one finished step ------------------------------------------------------------------
@@ -83,8 +84,15 @@ format: $(VENV)/.stamp-extra-dev
 bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
 	@for file in $(wildcard bench/bench_*.py) bench/step/active_backward.py; do $(VENV)/bin/python $$file || exit 1; done
 
+# On a GPU: PYTHON as it is, nothing installed and nothing fetched; what it lacks may be wheels in the folder WHEELS.
+test-gpu:
+	@PYTHONPATH=.:$${PYTHONPATH:-} $(PYTHON) tests/cuda/run.py $(if $(WHEELS),--wheels '$(WHEELS)') $(GPU_ARGS)
+
+bench-gpu:
+	@$(PYTHON) -m bench.gpu.run $(if $(WHEELS),--wheels '$(WHEELS)') $(GPU_ARGS)
+
 clean:
-	@rm -rf build dist python/*.egg-info jointspar_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf build dist python/*.egg-info jointspar_ext/_c*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f $(VENV)/.stamp-project
 	@find python jointspar_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 

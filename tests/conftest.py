@@ -12,7 +12,14 @@ import torch
 from jointspar import backends, ops
 from support import Arrays, NumpyArrays, TorchArrays
 
-hypothesis.settings.register_profile("jointspar", deadline=None, derandomize=True, print_blob=True)
+# Function-scoped fixtures are fine: what a backend or a library fixture gives does not change between examples.
+hypothesis.settings.register_profile(
+    "jointspar",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 hypothesis.settings.load_profile("jointspar")
 
 
@@ -35,6 +42,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def library(request: pytest.FixtureRequest) -> Arrays:
     """Runs the test on the arrays of each library."""
     return request.param()
+
+
+@pytest.fixture
+def device() -> str:
+    """Where a test that is about torch puts its tensors."""
+    return "cpu"
 
 
 @pytest.fixture

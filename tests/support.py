@@ -28,8 +28,11 @@ class Arrays(Protocol):
     def array(self, values: Any, dtype: str = "float32") -> Any:
         """`values` rounded to `dtype`, in memory of their own; skips the test where the library lacks the dtype."""
 
+    def bools(self, values: Any) -> Any:
+        """Flags in memory of their own."""
+
     def float64(self, array: Any) -> np.ndarray:
-        """The values, widened exactly, in memory of their own."""
+        """The values on the host, widened exactly, in memory of their own."""
 
     def dtype_name(self, array: Any) -> str: ...
 
@@ -37,11 +40,17 @@ class Arrays(Protocol):
 class TorchArrays:
     name = "torch"
 
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+
     def array(self, values: Any, dtype: str = "float32") -> torch.Tensor:
-        return torch.tensor(np.asarray(values, dtype=np.float64)).to(getattr(torch, dtype))
+        return torch.tensor(np.asarray(values, dtype=np.float64)).to(getattr(torch, dtype)).to(self._device)
+
+    def bools(self, values: Any) -> torch.Tensor:
+        return torch.tensor(np.asarray(values, dtype=bool), device=self._device)
 
     def float64(self, array: torch.Tensor) -> np.ndarray:
-        return array.detach().to(torch.float64).numpy().copy()
+        return array.detach().cpu().to(torch.float64).numpy().copy()
 
     def dtype_name(self, array: torch.Tensor) -> str:
         return str(array.dtype).removeprefix("torch.")
@@ -55,6 +64,9 @@ class NumpyArrays:
             pytest.skip("NumPy has no bfloat16")
         with np.errstate(over="ignore"):
             return np.array(values, dtype=np.float64).astype(dtype)
+
+    def bools(self, values: Any) -> np.ndarray:
+        return np.array(values, dtype=bool)
 
     def float64(self, array: np.ndarray) -> np.ndarray:
         return np.array(array, dtype=np.float64)
@@ -74,11 +86,11 @@ def at_odd_offset(arrays: Arrays, values: np.ndarray, dtype: str, offset: int) -
 
 
 def bits(array: Any) -> bytes:
-    """The bytes of a dense array."""
+    """The bytes of a dense array, wherever it is."""
     if isinstance(array, torch.Tensor):
-        flat = array.detach().resolve_neg().contiguous().flatten()
+        flat = array.detach().cpu().resolve_neg().contiguous().flatten()
         return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return np.asarray(array).tobytes()
+    return np.asarray(array.get() if hasattr(array, "get") else array).tobytes()  # get: CuPy's copy to the host
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -93,7 +105,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def same_bits_on_1_and_2_threads(run: Callable[[], Sequence[Any]]) -> bool:
-    """Whether `run` gives the same bytes on one torch thread and on two."""
+    """Whether `run` gives the same bytes on one torch thread and on two (on a device: in two runs)."""
     results = []
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jointspar import backends, ops
 from jointspar.backends import reference_probabilities
+from support import Arrays
 
 STRATEGIES = ("independent", "stratified", "shared")
 DRAWS = ("bernoulli", "systematic")
 every_kind = pytest.mark.parametrize(("strategy", "draw"), list(itertools.product(STRATEGIES, DRAWS)))
+
+
+def sample(device: str, probabilities: np.ndarray, **arguments: Any) -> np.ndarray:
+    """The operation on a tensor on `device`, its result on the host."""
+    return ops.sample_layers(torch.tensor(probabilities, device=device), **arguments).cpu().numpy()
 
 
 def draw_many(probabilities: np.ndarray, num_steps: int, world_size: int, strategy: str, draw: str) -> np.ndarray:
@@ -86,8 +94,8 @@ def test_backends_draw_the_bits_of_native(rng: np.random.Generator, strategy: st
         ("shared", "systematic", "0001001100011111 0000000110111111"),
     ],
 )
-def test_the_stream_of_a_seed_never_changes(strategy: str, draw: str, expected: str) -> None:
-    p = np.linspace(0.05, 0.95, 16)
+def test_the_stream_of_a_seed_never_changes(library: Arrays, strategy: str, draw: str, expected: str) -> None:
+    p = library.array(np.linspace(0.05, 0.95, 16), "float64")
     drawn = [
         ops.sample_layers(p, seed=2**63 + 5, step=step, rank=3, world_size=5, strategy=strategy, draw=draw)
         for step in (0, 2**32 - 1)
@@ -97,44 +105,44 @@ def test_the_stream_of_a_seed_never_changes(strategy: str, draw: str, expected: 
 
 @pytest.mark.usefixtures("backend")
 @every_kind
-def test_p_one_is_always_active_and_p_zero_never(strategy: str, draw: str) -> None:
+def test_p_one_is_always_active_and_p_zero_never(device: str, strategy: str, draw: str) -> None:
     p = np.array([1.0, 0.0] * 8 + [0.3])
     for step, rank in itertools.product(range(50), range(3)):
-        active = ops.sample_layers(p, seed=1, step=step, rank=rank, world_size=3, strategy=strategy, draw=draw)
+        active = sample(device, p, seed=1, step=step, rank=rank, world_size=3, strategy=strategy, draw=draw)
         assert active[0:16:2].all()
         assert not active[1:16:2].any()
 
 
 @pytest.mark.usefixtures("backend")
 @every_kind
-def test_a_draw_depends_on_seed_and_step_and_repeats_exactly(strategy: str, draw: str) -> None:
-    def sample(seed: int, step: int) -> bytes:
+def test_a_draw_depends_on_seed_and_step_and_repeats_exactly(device: str, strategy: str, draw: str) -> None:
+    def drawn(seed: int, step: int) -> bytes:
         p = np.full(64, 0.5)
-        drawn = ops.sample_layers(p, seed=seed, step=step, rank=1, world_size=4, strategy=strategy, draw=draw)
-        return drawn.tobytes()
+        arguments = {"seed": seed, "step": step, "rank": 1, "world_size": 4, "strategy": strategy, "draw": draw}
+        return sample(device, p, **arguments).tobytes()
 
-    assert sample(7, 9) == sample(7, 9)
-    others = [sample(8, 9), sample(7, 10), sample(7 + 2**32, 9)]
-    assert len({sample(7, 9), *others}) == 4
+    assert drawn(7, 9) == drawn(7, 9)
+    others = [drawn(8, 9), drawn(7, 10), drawn(7 + 2**32, 9)]
+    assert len({drawn(7, 9), *others}) == 4
 
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("draw", DRAWS)
-def test_ranks_draw_alike_only_in_shared(draw: str) -> None:
+def test_ranks_draw_alike_only_in_shared(device: str, draw: str) -> None:
     def num_different(strategy: str) -> int:
         p = np.linspace(0.1, 0.7, 64)
         common = {"seed": 3, "step": 4, "world_size": 4, "strategy": strategy, "draw": draw}
-        return len({ops.sample_layers(p, rank=rank, **common).tobytes() for rank in range(4)})
+        return len({sample(device, p, rank=rank, **common).tobytes() for rank in range(4)})
 
     assert [num_different(strategy) for strategy in STRATEGIES] == [4, 4, 1]
 
 
 @pytest.mark.usefixtures("backend")
-def test_stratified_with_one_rank_is_a_plain_draw_of_everyones_stream() -> None:
+def test_stratified_with_one_rank_is_a_plain_draw_of_everyones_stream(device: str) -> None:
     p = np.linspace(0.0, 1.0, 33)
     arguments = {"seed": 5, "step": 6, "draw": "systematic"}
-    stratified = ops.sample_layers(p, strategy="stratified", **arguments)
-    np.testing.assert_array_equal(stratified, ops.sample_layers(p, strategy="shared", **arguments))
+    stratified = sample(device, p, strategy="stratified", **arguments)
+    np.testing.assert_array_equal(stratified, sample(device, p, strategy="shared", **arguments))
 
 
 @pytest.mark.usefixtures("backend")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointspar import backends, ops
+from jointspar import ops
 from support import DTYPES, SIZES, TOLERANCE, Arrays, TorchArrays, at_odd_offset, bits, relative_error
 
 sizes_strategy = st.lists(st.integers(0, 70), max_size=6)
@@ -16,53 +16,51 @@ offset_strategy = st.integers(0, 3)
 dtype_strategy = st.sampled_from(DTYPES)
 
 
-def random_tensors(sizes: list[int], dtype: str, seed: int, offset: int = 0) -> list[torch.Tensor]:
+def random_tensors(device: str, sizes: list[int], dtype: str, seed: int, offset: int = 0) -> list[torch.Tensor]:
     rng = np.random.default_rng(seed)
-    return [at_odd_offset(TorchArrays(), rng.standard_normal(size), dtype, offset) for size in sizes]
+    return [at_odd_offset(TorchArrays(device), rng.standard_normal(size), dtype, offset) for size in sizes]
 
 
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
 @settings(max_examples=60)
 @given(sizes=sizes_strategy, dtype=dtype_strategy, offset=offset_strategy, seed=st.integers(0, 2**32 - 1))
 def test_pack_then_unpack_gives_back_every_bit(
-    backend_name: str, sizes: list[int], dtype: str, offset: int, seed: int
+    backend: str, device: str, sizes: list[int], dtype: str, offset: int, seed: int
 ) -> None:
-    grads = random_tensors(sizes, dtype, seed)
-    outs = random_tensors(sizes, dtype, seed + 1, offset)
-    with ops.use_backend(backend_name):
-        packed, _ = ops.pack_gradients(grads, 1.0, wire_dtype=dtype)
-        ops.unpack_gradients(packed, outs)
+    grads = random_tensors(device, sizes, dtype, seed)
+    outs = random_tensors(device, sizes, dtype, seed + 1, offset)
+    packed, _ = ops.pack_gradients(grads, 1.0, wire_dtype=dtype)
+    ops.unpack_gradients(packed, outs)
     assert [bits(out) for out in outs] == [bits(grad) for grad in grads]
 
 
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
 @settings(max_examples=60)
 @given(sizes=sizes_strategy, wire=dtype_strategy, target=dtype_strategy, seed=st.integers(0, 2**32 - 1))
 def test_unpack_with_add_adds_what_unpack_writes(
-    backend_name: str, sizes: list[int], wire: str, target: str, seed: int
+    backend: str, device: str, sizes: list[int], wire: str, target: str, seed: int
 ) -> None:
-    packed = torch.cat([*random_tensors(sizes, wire, seed), torch.zeros(0, dtype=getattr(torch, wire))])
-    before = random_tensors(sizes, target, seed + 1)
+    nothing = torch.zeros(0, dtype=getattr(torch, wire), device=device)
+    packed = torch.cat([*random_tensors(device, sizes, wire, seed), nothing])
+    before = random_tensors(device, sizes, target, seed + 1)
     outs = [tensor.clone() for tensor in before]
-    with ops.use_backend(backend_name):
-        ops.unpack_gradients(packed, outs, add=True)
+    ops.unpack_gradients(packed, outs, add=True)
     for out, old, received in zip(outs, before, packed.double().split(sizes), strict=True):
         largest = (old.double().abs() + received.abs()).max().item() if out.numel() else 1.0
         error = (out.double() - (old.double() + received)).abs().max().item() if out.numel() else 0.0
         assert error <= max(TOLERANCE[target], 1e-6 if "float64" not in (wire, target) else 0.0) * largest
 
 
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
 @settings(max_examples=60)
 @given(size=st.integers(0, 200), dtype=dtype_strategy, offset=offset_strategy, seed=st.integers(0, 2**32 - 1))
 def test_add_packed_gives_the_bits_of_torch_in_float32(
-    backend_name: str, size: int, dtype: str, offset: int, seed: int
+    backend: str, device: str, size: int, dtype: str, offset: int, seed: int
 ) -> None:
-    (total,), (packed,) = random_tensors([size], dtype, seed, offset), random_tensors([size], dtype, seed + 1)
+    (total,), (packed,) = (
+        random_tensors(device, [size], dtype, seed, offset),
+        random_tensors(device, [size], dtype, seed + 1),
+    )
     wide = torch.float64 if dtype == "float64" else torch.float32
     expected = (total.to(wide) + packed.to(wide)).to(total.dtype)
-    with ops.use_backend(backend_name):
-        ops.add_packed(total, packed)
+    ops.add_packed(total, packed)
     assert bits(total) == bits(expected)
 
 
@@ -80,11 +78,11 @@ def test_every_size_is_cast_into_the_targets(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_16_bit_pattern_is_widened_to_the_bits_of_torch(backend: str, dtype: str) -> None:
+def test_every_16_bit_pattern_is_widened_to_the_bits_of_torch(backend: str, device: str, dtype: str) -> None:
     packed = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(getattr(torch, dtype))
     packed = packed[~packed.isnan()]
-    out = torch.empty(packed.numel())
-    ops.unpack_gradients(packed, [out])
+    out = torch.empty(packed.numel(), device=device)
+    ops.unpack_gradients(packed.to(device), [out])
     assert bits(out) == bits(packed.float())
 
 
@@ -113,16 +111,16 @@ def test_infinities_of_opposite_sign_add_to_nan(backend: str, library: Arrays) -
     np.testing.assert_array_equal(library.float64(total), [np.nan, np.inf, np.nan])
 
 
-def test_channels_last_targets_are_filled_in_memory_order(backend: str) -> None:
-    image = torch.arange(120.0).reshape(2, 3, 4, 5)
-    out = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+def test_channels_last_targets_are_filled_in_memory_order(backend: str, device: str) -> None:
+    image = torch.arange(120.0, device=device).reshape(2, 3, 4, 5)
+    out = torch.zeros(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
     packed, _ = ops.pack_gradients([image.to(memory_format=torch.channels_last)], 1.0)
     ops.unpack_gradients(packed, [out])
     assert torch.equal(out, image)
 
 
-def test_packed_is_left_as_it_was_and_versions_of_targets_go_up(backend: str) -> None:
-    packed, out = torch.arange(5.0), torch.zeros(5)
+def test_packed_is_left_as_it_was_and_versions_of_targets_go_up(backend: str, device: str) -> None:
+    packed, out = torch.arange(5.0, device=device), torch.zeros(5, device=device)
     before, version = bits(packed), out._version
     ops.unpack_gradients(packed, [out])
     ops.add_packed(out, packed)
@@ -130,6 +128,6 @@ def test_packed_is_left_as_it_was_and_versions_of_targets_go_up(backend: str) ->
     assert out._version >= version + 2
 
 
-def test_nothing_unpacks_to_nothing(backend: str) -> None:
-    ops.unpack_gradients(torch.zeros(0), [])
-    ops.add_packed(torch.zeros(0), torch.zeros(0))
+def test_nothing_unpacks_to_nothing(backend: str, device: str) -> None:
+    ops.unpack_gradients(torch.zeros(0, device=device), [])
+    ops.add_packed(torch.zeros(0, device=device), torch.zeros(0, device=device))

@@ -7,8 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jointspar import backends, ops
+from support import Arrays
+
+
+def update(
+    device: str, p: Any, n2: Any, active: Any, *, drawn_probabilities: Any = None, **settings: Any
+) -> tuple[np.ndarray, float]:
+    """The operation on tensors on `device`, its results on the host."""
+    drawn = p if drawn_probabilities is None else drawn_probabilities
+    p, n2, drawn = (torch.tensor(np.asarray(values, dtype=np.float64), device=device) for values in (p, n2, drawn))
+    active = torch.tensor(np.asarray(active), device=device)
+    updated, bound = ops.update_probabilities(p, n2, active, drawn_probabilities=drawn, **settings)
+    return updated.cpu().numpy(), float(bound)
 
 
 def clip_to_budget(weights: np.ndarray, budget: float, p_min: float) -> np.ndarray:
@@ -41,50 +54,50 @@ def random_step(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def test_default_step_by_hand(backend: str) -> None:
+def test_default_step_by_hand(backend: str, device: str) -> None:
     """s/D = q = 1/2 and n2 = L^2: log w_0 grows by bandit_lr * (1/2)^2 / (1/2)^3 = 2 * bandit_lr."""
-    p, bound = ops.update_probabilities(
-        [0.5, 0.5], [4.0, 0.0], [True, False], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05
+    p, bound = update(
+        device, [0.5, 0.5], [4.0, 0.0], [True, False], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05
     )
     assert bound == 2.0
     np.testing.assert_allclose(p, [1 / (1 + math.exp(-0.1)), 1 / (1 + math.exp(0.1))], rtol=1e-14)
 
 
-def test_shifted_step_by_hand(backend: str) -> None:
+def test_shifted_step_by_hand(backend: str, device: str) -> None:
     """loss = 1 - (n2 / L^2) * (p_min / q)^2 = 1 - 1/4 * 1/25 = 0.99; log w_0 falls by bandit_lr * 0.99 / (1/2)."""
-    p, bound = ops.update_probabilities(
-        [0.5, 0.5], [4.0, 0.0], [True, False], gradient_bound=4.0 / math.sqrt(0.99), budget=1.0, p_min=0.1,
+    p, bound = update(
+        device, [0.5, 0.5], [4.0, 0.0], [True, False], gradient_bound=4.0 / math.sqrt(0.99), budget=1.0, p_min=0.1,
         bandit_lr=0.05, shift=True,
     )  # fmt: skip
     assert bound == pytest.approx(4.0, rel=1e-15)
     np.testing.assert_allclose(p, [1 / (1 + math.exp(0.099)), 1 / (1 + math.exp(-0.099))], rtol=1e-14)
 
 
-def test_drawn_probabilities_are_those_of_the_importance_weight(backend: str) -> None:
+def test_drawn_probabilities_are_those_of_the_importance_weight(backend: str, device: str) -> None:
     """q_0 = 1/4: log w_0 = log 1/2 + bandit_lr * (1/2)^2 / (1/4)^3 = log 1/2 + 16 * bandit_lr."""
-    p, _ = ops.update_probabilities(
-        [0.5, 0.5], [4.0, 0.0], [True, False], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05,
+    p, _ = update(
+        device, [0.5, 0.5], [4.0, 0.0], [True, False], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05,
         drawn_probabilities=[0.25, 0.75],
     )  # fmt: skip
     np.testing.assert_allclose(p, [1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(0.8))], rtol=1e-14)
 
 
-def test_default_agrees_with_the_formula_in_weights(backend: str, rng: np.random.Generator) -> None:
+def test_default_agrees_with_the_formula_in_weights(backend: str, device: str, rng: np.random.Generator) -> None:
     for _ in range(100):
         step = random_step(rng)
         p, q, n2, active = (step[name] for name in ("p", "q", "n2", "active"))
         bound = math.sqrt(max([0.99 * 5.0, *n2[active]]))
         weights = p * np.exp(active * 0.05 * n2 / bound**2 * (step["budget"] / len(p)) ** 2 / q**3)
         expected = clip_to_budget(weights, step["budget"], step["p_min"]) if active.any() else p
-        updated, new_bound = ops.update_probabilities(
-            p, n2, active, gradient_bound=math.sqrt(5.0), budget=step["budget"], p_min=step["p_min"], bandit_lr=0.05,
-            drawn_probabilities=q,
+        updated, new_bound = update(
+            device, p, n2, active, gradient_bound=math.sqrt(5.0), budget=step["budget"], p_min=step["p_min"],
+            bandit_lr=0.05, drawn_probabilities=q,
         )  # fmt: skip
         assert new_bound == pytest.approx(bound, rel=1e-14)
         np.testing.assert_allclose(updated, expected, rtol=1e-12)
 
 
-def test_shift_is_the_papers_algorithm_1(backend: str, rng: np.random.Generator) -> None:
+def test_shift_is_the_papers_algorithm_1(backend: str, device: str, rng: np.random.Generator) -> None:
     """With bandit_lr = alpha_p * L^2 / p_min^2, where the drawn probabilities are the current ones."""
     for _ in range(100):
         step = random_step(rng)
@@ -93,62 +106,65 @@ def test_shift_is_the_papers_algorithm_1(backend: str, rng: np.random.Generator)
         bound = math.sqrt(max([0.99 * 5.0, *n2[active]]))
         alpha_p = 0.3 * p_min**2 / bound**2
         expected = papers_update(p, n2, active, bound=bound, budget=step["budget"], p_min=p_min, alpha_p=alpha_p)
-        updated, _ = ops.update_probabilities(
-            p, n2, active, gradient_bound=math.sqrt(5.0), budget=step["budget"], p_min=p_min, bandit_lr=0.3, shift=True
-        )
+        updated, _ = update(
+            device, p, n2, active, gradient_bound=math.sqrt(5.0), budget=step["budget"], p_min=p_min, bandit_lr=0.3,
+            shift=True,
+        )  # fmt: skip
         np.testing.assert_allclose(updated, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_nothing_active_leaves_p_and_decays_the_bound(backend: str, shift: bool) -> None:
+def test_nothing_active_leaves_p_and_decays_the_bound(backend: str, device: str, shift: bool) -> None:
     p = np.array([0.3, 0.7])
-    updated, bound = ops.update_probabilities(
-        p, [math.nan, 1e9], [False, False], gradient_bound=2.0, budget=1.0, p_min=0.1, bandit_lr=0.05, shift=shift
-    )
+    updated, bound = update(
+        device, p, [math.nan, 1e9], [False, False], gradient_bound=2.0, budget=1.0, p_min=0.1, bandit_lr=0.05,
+        shift=shift,
+    )  # fmt: skip
     np.testing.assert_array_equal(updated, p)
     assert bound == pytest.approx(2.0 * math.sqrt(0.99), rel=1e-15)
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_zero_gradients_and_no_bound_leave_p(backend: str, shift: bool) -> None:
+def test_zero_gradients_and_no_bound_leave_p(backend: str, device: str, shift: bool) -> None:
     p = np.array([0.3, 0.7])
-    updated, bound = ops.update_probabilities(
-        p, [0.0, 0.0], [True, True], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05, shift=shift
+    updated, bound = update(
+        device, p, [0.0, 0.0], [True, True], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05, shift=shift
     )
     np.testing.assert_array_equal(updated, p)
     assert bound == 0.0
 
 
-def test_norms_of_inactive_layers_are_not_read(backend: str) -> None:
+def test_norms_of_inactive_layers_are_not_read(backend: str, device: str) -> None:
     arguments: dict[str, Any] = {"gradient_bound": 1.0, "budget": 1.5, "p_min": 0.1, "bandit_lr": 0.05}
     p, active = [0.5, 0.5, 0.5], [True, False, True]
-    expected = ops.update_probabilities(p, [1.0, 0.0, 2.0], active, **arguments)
+    expected = update(device, p, [1.0, 0.0, 2.0], active, **arguments)
     for unread in (math.nan, math.inf, -1.0):
-        updated = ops.update_probabilities(p, [1.0, unread, 2.0], active, **arguments)
+        updated = update(device, p, [1.0, unread, 2.0], active, **arguments)
         np.testing.assert_array_equal(updated[0], expected[0])
         assert updated[1] == expected[1]
 
 
 @pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-500, 2.0**500, 2.0**1000])
 @pytest.mark.parametrize("shift", [False, True])
-def test_a_common_factor_of_all_gradients_changes_nothing(backend: str, scale: float, shift: bool) -> None:
+def test_a_common_factor_of_all_gradients_changes_nothing(backend: str, device: str, scale: float, shift: bool) -> None:
     """Squared norms near both ends of float64, where L^2 itself would over- or underflow."""
     arguments: dict[str, Any] = {"budget": 1.5, "p_min": 0.1, "bandit_lr": 0.05, "shift": shift}
     n2, active = np.array([1.0, 3.0, 2.0]), [True, False, True]
-    expected, bound = ops.update_probabilities([0.5] * 3, n2, active, gradient_bound=0.5, **arguments)
-    scaled, scaled_bound = ops.update_probabilities(
-        [0.5] * 3, n2 * scale, active, gradient_bound=0.5 * math.sqrt(scale), **arguments
+    expected, bound = update(device, [0.5] * 3, n2, active, gradient_bound=0.5, **arguments)
+    scaled, scaled_bound = update(
+        device, [0.5] * 3, n2 * scale, active, gradient_bound=0.5 * math.sqrt(scale), **arguments
     )
     np.testing.assert_array_equal(scaled, expected)
     assert scaled_bound == bound * math.sqrt(scale)
 
 
-def test_the_largest_float64_is_a_valid_squared_norm(backend: str) -> None:
+def test_the_largest_float64_is_a_valid_squared_norm(backend: str, device: str) -> None:
     largest = np.finfo(np.float64).max
     for bound in (0.0, math.sqrt(largest)):
-        updated, new_bound = ops.update_probabilities(
-            [0.5, 0.5], [largest, 5e-324], [True, True], gradient_bound=bound, budget=1.0, p_min=0.1, bandit_lr=0.05
-        )
+        updated, new_bound = update(
+            device, [0.5, 0.5], [largest, 5e-324], [True, True], gradient_bound=bound, budget=1.0, p_min=0.1,
+            bandit_lr=0.05,
+        )  # fmt: skip
         assert new_bound == math.sqrt(largest)
         np.testing.assert_allclose(updated, [1 / (1 + math.exp(-0.1)), 1 / (1 + math.exp(0.1))], rtol=1e-14)
 
@@ -185,15 +201,35 @@ def test_the_backends_themselves_refuse_bad_arguments(backend: str, argument: st
         backends.load(backend).update_probabilities(*positional, **call, shift=False)
 
 
-def test_out_may_be_the_input_and_is_untouched_on_error(backend: str) -> None:
-    arguments: dict[str, Any] = {"gradient_bound": 0.0, "budget": 1.0, "p_min": 0.1, "bandit_lr": 0.05}
+def test_lists_and_arrays_of_every_library_mean_the_same(backend: str, library: Arrays) -> None:
+    settings: dict[str, Any] = {"gradient_bound": 0.0, "budget": 1.0, "p_min": 0.1, "bandit_lr": 0.05}
+    p = library.array([0.5, 0.5], "float64")
+    for n2, active in (
+        ([4.0, 0.0], [True, False]),
+        (library.array([4.0, 0.0], "float64"), library.bools([True, False])),
+    ):
+        updated, bound = ops.update_probabilities(p, n2, active, **settings)
+        assert float(bound) == 2.0
+        assert type(updated) is type(p)
+        np.testing.assert_allclose(library.float64(updated)[0], 1 / (1 + math.exp(-0.1)), rtol=1e-14)
+
+
+def test_out_may_be_the_input(backend: str, library: Arrays) -> None:
+    p = library.array([0.5, 0.5], "float64")
+    updated, _ = ops.update_probabilities(
+        p, [4.0, 1.0], [True, False], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05, out=p
+    )
+    assert updated is p
+    np.testing.assert_allclose(library.float64(p)[0], 1 / (1 + math.exp(-0.1)), rtol=1e-14)
+
+
+def test_out_is_untouched_on_error(backend: str) -> None:
     p = np.array([0.5, 0.5])
     with pytest.raises(ValueError, match="squared_norms"):
-        ops.update_probabilities(p, [math.nan, 1.0], [True, False], out=p, **arguments)
+        ops.update_probabilities(
+            p, [math.nan, 1.0], [True, False], gradient_bound=0.0, budget=1.0, p_min=0.1, bandit_lr=0.05, out=p
+        )
     np.testing.assert_array_equal(p, [0.5, 0.5])
-    updated, _ = ops.update_probabilities(p, [4.0, 1.0], [True, False], out=p, **arguments)
-    assert updated is p
-    np.testing.assert_allclose(p[0], 1 / (1 + math.exp(-0.1)), rtol=1e-14)
 
 
 @pytest.mark.parametrize("other", ["numba", "reference"])

@@ -1,0 +1,91 @@
+"""Times of device work: by CUDA events, with a cold cache, variants in alternation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median, quantiles
+
+import torch
+
+Call = Callable[[], object]
+CYCLES_PER_SECOND = 2e9  # at most about this many: a pause may be longer than asked for, not shorter
+LONGEST_PAUSE = 0.2  # seconds
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median, spread (10th and 90th percentile) and number of samples."""
+    tenths = quantiles(samples, n=10) if len(samples) > 1 else [samples[0]] * 9
+    return {"median": median(samples), "p10": tenths[0], "p90": tenths[8], "samples": len(samples)}
+
+
+class ColdCache:
+    """Evicts what a call before left in the L2 cache, by writing a buffer of several times its size."""
+
+    def __init__(self) -> None:
+        size = max(4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, 1 << 28)
+        self._buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def evict(self) -> None:
+        self._buffer.fill_(1)
+
+
+def host_seconds(call: Call) -> float:
+    """What a call costs the host, with an idle device."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
+
+
+def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each variant on the device; a round times each variant once.
+
+    The device pauses before each call for as long as the host takes to put the call there, so that launches do not
+    count where nothing waits for them; a call that waits for the device pays for its launches.
+    """
+    cache = ColdCache()
+    pause = {}
+    for name, call in variants.items():
+        call()  # compiles
+        call()
+        pause[name] = min(LONGEST_PAUSE, 1.5 * median(host_seconds(call) for _ in range(5)))
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.evict()
+            torch.cuda._sleep(int(pause[name] * CYCLES_PER_SECOND))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            events[name].append((start, end))
+    return {name: summary([start.elapsed_time(end) for start, end in pairs]) for name, pairs in events.items()}
+
+
+def wall_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float]:
+    """Milliseconds per call from the first to the end of the device's work, `calls` of them back to back a round."""
+    for _ in range(10):
+        call()
+    samples = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        samples.append(1e3 * (time.perf_counter() - start) / calls)
+    return summary(samples)
+
+
+def copy_bandwidth(*, rounds: int, gigabytes: float = 1.0) -> dict[str, float]:
+    """Bytes read plus bytes written per second, in GB/s, of a device-to-device copy of so many gigabytes."""
+    source = torch.ones(int(gigabytes * 2.5e8), device="cuda")
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    milliseconds = device_milliseconds({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
+    per_second = {name: moved / milliseconds[name] / 1e6 for name in ("median", "p10", "p90")}
+    return {**per_second, "samples": milliseconds["samples"]}
