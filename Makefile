@@ -41,7 +41,7 @@ $(VENV)/.stamp-base: constraints.txt
 
 $(VENV)/.stamp-project: $(VENV)/.stamp-base $(BUILD_FILES) $(NATIVE_SOURCES)
 	@echo "== $(VENV): jointspar, compiled and installed editable, with MPI"
-	@$(PIP) --no-build-isolation -e '.[mpi,train]'
+	@JOINTSPAR_BUILD_DIR=$(abspath build/extension) $(PIP) --no-build-isolation -e '.[mpi,train]'
 	@touch $@
 
 # The project is installed by now, so its extras resolve from it without another build.

@@ -135,6 +135,8 @@ def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
         wire = dtype_name("wire_dtype", wire_dtype)
     place = place_of(arrays[0]) if arrays else None
     if place is not None:
+        if place.library == "cupy" and wire == "bfloat16":
+            raise TypeError("wire_dtype: CuPy has no bfloat16; pass torch tensors")
         return empty(place, size, wire)
     if arrays and isinstance(arrays[0], np.ndarray):
         if wire == "bfloat16":
@@ -147,8 +149,9 @@ def check_packed_kind(name: str, packed: Any, wire_dtype: Any) -> None:
     """A 1-D array, of the wire dtype where one is asked for."""
     if not isinstance(packed, (torch.Tensor, np.ndarray)) and place_of(packed) is None:
         raise TypeError(f"{name}: expected a 1-D array, got {type(packed).__name__}")
-    if len(packed.shape) != 1:
-        raise ValueError(f"{name}: expected one dimension, got {len(packed.shape)}")
+    num_dims = packed.ndim if hasattr(packed, "ndim") else len(packed.shape)  # a nested tensor has no plain shape
+    if num_dims != 1:
+        raise ValueError(f"{name}: expected one dimension, got {num_dims}")
     if wire_dtype is not None and str(packed.dtype).removeprefix("torch.") != dtype_name("wire_dtype", wire_dtype):
         raise ValueError(f"{name}: its dtype {packed.dtype} is not wire_dtype")
 
@@ -211,6 +214,8 @@ def _host_array(name: str, value: Any) -> np.ndarray:
     if value is None or isinstance(value, (str, bytes, dict, set)):
         raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}")
     try:
+        if place_of(value) is not None:
+            value = torch.as_tensor(value, device="cpu")
         if isinstance(value, torch.Tensor):
             return value.detach().to("cpu").numpy()
         return np.asarray(value)
