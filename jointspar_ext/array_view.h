@@ -69,6 +69,7 @@ class ArrayReader {
         ArgName name;
     };
 
+    ArrayView read_by_protocol(pybind11::handle object, ArgName name, Access access, Kind kind);
     ArrayView read_buffer(pybind11::handle object, ArgName name, Access access, Kind kind);
     ArrayView read_dlpack(const dlpack::Tensor& tensor, ArgName name, Kind kind);
     ArrayView read_capsule(pybind11::handle object, ArgName name, Kind kind);
