@@ -61,7 +61,8 @@ test-cpp: $(VENV)/.stamp-project
 	@echo "== C++ tests"
 	@mkdir -p $(CPP_BUILD)
 	@cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_BUILD_EXTENSION=OFF -DJOINTSPAR_CUDA_EXT=0 > /dev/null
+	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_BUILD_EXTENSION=OFF -DJOINTSPAR_CUDA_EXT=0 \
+	    -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python > /dev/null
 	@cmake --build $(CPP_BUILD) -- --quiet
 	@ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error | tail -n +2
 

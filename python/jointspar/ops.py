@@ -73,7 +73,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _serving(array: Array | None) -> tuple[Any, Place | None]:
     """What serves operations on arrays like this one, and the CUDA device that they are on (None: the CPU)."""
     place = place_of(array)
-    return (backend(), None) if place is None else (backends.on_device(place, array), place)
+    return (backend(), None) if place is None else (backends.device_backend(place, array), place)
 
 
 class LarsNorms(NamedTuple):

@@ -46,7 +46,7 @@ def choose() -> ModuleType:
     return load(BACKENDS[-1])
 
 
-def on_device(place: Place, array: Any) -> OnDevice:
+def device_backend(place: Place, array: Any) -> OnDevice:
     """What serves operations on arrays like this one. Raises RuntimeError where there are no CUDA kernels."""
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced and forced not in DEVICE_BACKENDS:
