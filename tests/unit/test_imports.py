@@ -19,7 +19,12 @@ ORDER = (
 )  # fmt: skip
 
 # The reference and the checks of arguments, which hold no arithmetic; numba may import the checks alone.
-REFERENCE = ("jointspar.backends.reference", "jointspar.backends.flat_arrays", "jointspar.backends.checked_calls")
+REFERENCE = (
+    "jointspar.backends.reference",
+    "jointspar.backends.flat_arrays",
+    "jointspar.backends.checked_calls",
+    "jointspar.backends.host_calls",
+)
 NUMBA = "jointspar.backends.numba_"
 INDEPENDENT_OF_NUMBA = ("jointspar.backends.reference", "jointspar.backends.native")
 
