@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointspar.backends import checked_calls
+import jointspar.backends.checked_calls as checked_calls
 from jointspar.backends.flat_arrays import HostArray, host_array
 
 Array = Any  # torch.Tensor or numpy.ndarray on the CPU
