@@ -12,10 +12,12 @@ import ctypes
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 from jointspar import backends
@@ -145,13 +147,13 @@ class FakeCupy(ModuleType):
     def _memcpy_async(self, to: int, source: int, num_bytes: int, kind: int, stream: int) -> None:
         assert kind == 1
         self.num_copies += 1
-        self.put(stream, lambda: _bytes_at(to, num_bytes).__setitem__(slice(None), _bytes_at(source, num_bytes)))
+        self.put(stream, lambda: bytes_at(to, num_bytes).__setitem__(slice(None), bytes_at(source, num_bytes)))
 
     def _memset_async(self, to: int, value: int, num_bytes: int, stream: int) -> None:
-        self.put(stream, lambda: _bytes_at(to, num_bytes).fill(value))
+        self.put(stream, lambda: bytes_at(to, num_bytes).fill(value))
 
 
-def _bytes_at(address: int, num_bytes: int) -> np.ndarray:
+def bytes_at(address: int, num_bytes: int) -> np.ndarray:
     return np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), np.uint8)
 
 
@@ -269,3 +271,17 @@ def installed(cupy: FakeCupy) -> Iterator[None]:
         del sys.modules["cupy"]
         if before is not None:
             sys.modules["cupy"] = before
+
+
+@contextlib.contextmanager
+def serving(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
+    """`installed`, forced by the environment, with a cache of its own."""
+    monkeypatch.setenv("JOINTSPAR_BACKEND", "cupy")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(cache))
+    with installed(cupy):
+        yield
+
+
+def memory(address: int, dtype: Any, count: int) -> np.ndarray:
+    """`count` elements at an address."""
+    return bytes_at(int(address), np.dtype(dtype).itemsize * count).view(dtype)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels_on_host
-from fake_cupy import STREAM, FakeCupy, installed, ndarray
+from fake_cupy import STREAM, FakeCupy, ndarray, serving
 from jointspar import backends, ops
 from jointspar.device_arrays import Place
 from support import DTYPES, NORM_TOLERANCE, TOLERANCE, relative_error
@@ -40,10 +40,8 @@ def kernels() -> kernels_on_host.KernelsOnHost:
 
 @pytest.fixture
 def cupy(kernels: kernels_on_host.KernelsOnHost, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCupy]:
-    monkeypatch.setenv("JOINTSPAR_BACKEND", "cupy")
-    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     cupy = FakeCupy(kernels)
-    with installed(cupy):
+    with serving(cupy, monkeypatch, tmp_path):
         yield cupy
 
 
