@@ -79,6 +79,7 @@ class Memory(bytearray):
 
     def __init__(self, num_bytes: int) -> None:
         super().__init__(b"\xa5" * (num_bytes + 512))
+        self.num_bytes = num_bytes
         self._view = np.frombuffer(self, np.uint8)
         self.ptr = -(-self._view.ctypes.data // 512) * 512
 
@@ -121,6 +122,12 @@ class FakeCupy(ModuleType):
 
     def put(self, stream: int, work: Callable[[], None]) -> None:
         self.pending.setdefault(stream, deque()).append(work)
+
+    def bytes_allocated_from(self, address: int) -> int:
+        """Up to the end of the block of device memory that the address is in."""
+        blocks = [block for block in self._allocated if isinstance(block, Memory)]
+        ends = [block.ptr + block.num_bytes for block in blocks if block.ptr <= address < block.ptr + block.num_bytes]
+        return max(end - int(address) for end in ends)
 
     def synchronize(self) -> None:
         for work in self.pending.values():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fake_cupy import FakeCupy, Launch, memory, serving
+from fake_cupy import FakeCupy, Launch, memory, ndarray, serving
 from jointspar import backends
 from jointspar.device_arrays import Place
 
@@ -214,6 +214,23 @@ def test_lars_takes_few_blocks_to_measure_where_norms_may_be_known(cupy: FakeCup
     assert (rates.num_blocks, rates.arguments[3]) == (25, 4)  # 2 multiprocessors of 16 blocks: 100 chunks by fours
     assert (update.num_blocks, update.arguments[3]) == (100, 1)
     assert rates.arguments[8] == update.arguments[6] == 0  # nothing is skipped
+
+
+def test_scratch_has_room_for_the_sums_of_every_chunk_and_a_counter_of_every_slice(cupy: FakeCupy) -> None:
+    num_chunks, num_small = 2000, 5000
+    sizes = [num_chunks * 4096] + num_small * [0]
+    params, momenta, grads = ([ndarray(torch.empty(size)) for size in sizes] for _ in range(3))
+    count = len(sizes)
+    on_device().lars_update(
+        params, momenta, grads, hyper=np.ones((count, 5)), adapt=np.ones(count, bool), nesterov=False,
+        skip_nonfinite=True, param_norms=None, grad_norms=None,
+    )  # fmt: skip
+    on_device().squared_norms(grads, None)
+    rates, _, norms = launches_of(cupy)
+    assert cupy.bytes_allocated_from(rates.arguments[9]) >= 2 * 8 * (num_chunks + num_small)
+    assert cupy.bytes_allocated_from(norms.arguments[7]) >= 8 * (num_chunks + num_small)
+    for launch in (rates, norms):
+        assert cupy.bytes_allocated_from(launch.arguments[-1]) >= 4 * count
 
 
 def test_a_group_reads_its_own_rates(cupy: FakeCupy) -> None:

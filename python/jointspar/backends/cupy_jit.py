@@ -18,7 +18,8 @@ import numpy as np
 try:
     import cupy  # noqa: F401
 except ImportError as error:
-    raise ImportError("CuPy is not installed or finds no CUDA: pip install 'jointspar[cuda]'") from error
+    reason = str(error).strip().partition("\n")[0]
+    raise ImportError(f"CuPy cannot be imported ({reason}): pip install 'jointspar[cuda]'") from error
 
 from jointspar.backends.checked_calls import norm_slices, pack_slices, packed_pair, unpack_slices, update_tensors
 from jointspar.backends.cupy_arrays import DeviceReader
