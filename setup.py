@@ -1,4 +1,4 @@
-"""Builds the modules of jointspar_ext with CMake; everything else about the package is in pyproject.toml."""
+"""Builds the modules of jointspar_ext with CMake and adds the CUDA sources; the rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -10,8 +10,24 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+
+
+class BuildWithCudaSources(build_py):
+    """Adds what jointspar.backends.cupy_kernels compiles at run time; in a checkout it finds csrc itself."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for path in sorted((ROOT / "csrc").rglob("*")):
+            folder = path.relative_to(ROOT / "csrc").parts[0]
+            if folder in ("common", "cuda", "include") and path.suffix in (".h", ".cuh"):
+                target = Path(self.build_lib, "jointspar", path.relative_to(ROOT))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(path), str(target))
 
 
 class CMakeBuild(build_ext):
@@ -48,5 +64,5 @@ setup(
         Extension("jointspar_ext._core", sources=[]),
         Extension("jointspar_ext._cuda", sources=[], optional=True),
     ],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithCudaSources},
 )

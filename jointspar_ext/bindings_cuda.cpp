@@ -8,7 +8,7 @@ using namespace py::literals;
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() =
-        "CUDA kernels of jointspar, as jointspar.backends.native_cuda calls them. Everything runs on the given stream; "
+        "CUDA kernels of jointspar, as jointspar.backends.on_device calls them. Everything runs on the given stream; "
         "results are written into arrays of the caller. Loads without a driver; a call then raises RuntimeError.";
     m.attr("build_info") = py::dict("version"_a = JOINTSPAR_VERSION, "compiler"_a = JOINTSPAR_CUDA_COMPILER,
                                     "architectures"_a = JOINTSPAR_CUDA_ARCHITECTURES);

@@ -1,6 +1,6 @@
 // Which chunks a block works on. No host code: NVRTC reads this.
 //
-// Launching a kernel of this folder from elsewhere (NVRTC, cupy.RawModule):
+// Launching a kernel of this folder from elsewhere (NVRTC; python/jointspar/backends/cupy_jit.py):
 //   include path csrc and csrc/include; options --std=c++17 and --fmad=false (products round as on the CPU)
 //   slices            [num_slices]      records of the kernel's header, in device memory
 //   first_chunk       [num_slices + 1]  int64, in device memory: the running sum of max(1, ceil(size / 4096)), from 0

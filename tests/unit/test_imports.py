@@ -19,8 +19,14 @@ ORDER = (
 )  # fmt: skip
 
 # The reference and the checks of arguments, which hold no arithmetic; numba may import the checks alone.
-REFERENCE = ("jointspar.backends.reference", "jointspar.backends.flat_arrays", "jointspar.backends.checked_calls")
+REFERENCE = (
+    "jointspar.backends.reference",
+    "jointspar.backends.flat_arrays",
+    "jointspar.backends.checked_calls",
+    "jointspar.backends.host_calls",
+)
 NUMBA = "jointspar.backends.numba_"
+CUPY = "jointspar.backends.cupy_"
 INDEPENDENT_OF_NUMBA = ("jointspar.backends.reference", "jointspar.backends.native")
 
 MPI_FILE = "jointspar.comm.mpi"
@@ -76,6 +82,8 @@ def reasons_against(module: str, name: str) -> Iterator[str]:
             yield "only step.exchange talks to comm"
     if module.startswith(REFERENCE) and not is_reference_or_outside(name):
         yield "the reference, and the checks that it shares, use no fast code of the project"
+    if name.partition(".")[0] == "cupy" and not module.startswith(CUPY):
+        yield "CuPy is imported where it serves, and nowhere else"
     if module.startswith(NUMBA) and (other == "jointspar_ext" or name.startswith(INDEPENDENT_OF_NUMBA)):
         yield "numba uses neither the compiled kernels nor the reference's arithmetic"
     if name.split(".")[0] == "numba" and not module.startswith(NUMBA):
@@ -180,6 +188,8 @@ def test_a_plain_chain_downwards_is_fine() -> None:
         ("jointspar.backends.numba_cpu", "from jointspar_ext._core import lars_update"),
         ("jointspar.backends.numba_probabilities", "from .reference_probabilities import random_bits"),
         ("jointspar.backends", "import numba"),
+        ("jointspar.backends.on_device", "import cupy"),
+        ("jointspar.device_arrays", "from cupy.cuda import Device"),
         ("jointspar.training.loop", "from ..cli import main"),
         ("jointspar.training.loop", "from mpi4py import MPI"),
         ("jointspar.optimizers", "import torch.distributed as dist"),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar.backends import checked_calls, flat_arrays, native, reference, reference_probabilities
+from jointspar.backends import checked_calls, flat_arrays, host_calls, native, reference, reference_probabilities
 
-MODULES = (reference, reference_probabilities, checked_calls, flat_arrays)
+MODULES = (reference, reference_probabilities, checked_calls, host_calls, flat_arrays)
 NAN = math.nan
 
 

@@ -1,15 +1,19 @@
-"""Arrays as flat tensors of their elements in memory order, with every check. No arithmetic: backends share it."""
+"""Arrays as their elements in memory order, with every check. No arithmetic: backends share it.
+
+The checks know an array by its place, type and shape alone, so that they serve arrays in device memory too: a `Read`
+says where an array is, `host_array` for the CPU and cupy_arrays.DeviceReader for a CUDA device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-Array = Any  # torch.Tensor or numpy.ndarray on the CPU
+Array = Any  # torch.Tensor, numpy.ndarray or another array that the Read at hand knows
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TORCH_DTYPES = {np.dtype(name): getattr(torch, name) for name in ("float32", "float64", "float16")}
@@ -17,20 +21,50 @@ TORCH_DTYPES = {np.dtype(name): getattr(torch, name) for name in ("float32", "fl
 
 @dataclass(frozen=True)
 class FlatArray:
-    """A dense array as a 1-D tensor of its elements in memory order."""
+    """Where a dense array is: `size` elements in memory order from `address` on."""
 
     name: str
-    values: torch.Tensor  # shares memory, unless the array is a read-only NumPy one
+    dtype: torch.dtype
+    size: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
     address: int  # of the first byte
 
     @property
     def end_address(self) -> int:
-        return self.address + self.values.numel() * self.values.element_size()
+        return self.address + self.size * self.dtype.itemsize
+
+    def _part_of(self, begin: int, end: int) -> dict[str, Any]:
+        address = self.address + begin * self.dtype.itemsize
+        return {"size": end - begin, "shape": (end - begin,), "strides": (1,), "address": address}
+
+    def part(self: Flat, begin: int, end: int) -> Flat:
+        """Elements [begin, end), in memory order."""
+        return replace(self, **self._part_of(begin, end))
 
 
-def flat_array(name: str, array: Array, writable: bool = False) -> FlatArray:
+@dataclass(frozen=True)
+class HostArray(FlatArray):
+    """On the CPU, with its elements as a 1-D tensor."""
+
+    values: torch.Tensor  # shares memory, unless the array is a read-only NumPy one
+
+    def _part_of(self, begin: int, end: int) -> dict[str, Any]:
+        return {**super()._part_of(begin, end), "values": self.values[begin:end]}
+
+
+Flat = TypeVar("Flat", bound=FlatArray)
+FlatOut = TypeVar("FlatOut", bound=FlatArray, covariant=True)
+
+
+class Read(Protocol[FlatOut]):
+    """Checks one array, which errors call `name`, and says where it is."""
+
+    def __call__(self, name: str, array: Array, writable: bool = False) -> FlatOut: ...
+
+
+def host_array(name: str, array: Array, writable: bool = False) -> HostArray:
+    """The `Read` of torch tensors and NumPy arrays on the CPU."""
     if isinstance(array, torch.Tensor):
         return _flat_tensor(name, array)
     if isinstance(array, np.ndarray):
@@ -38,38 +72,47 @@ def flat_array(name: str, array: Array, writable: bool = False) -> FlatArray:
     raise TypeError(f"{name}: expected a torch tensor or NumPy array, got {type(array).__name__}")
 
 
-def _flat_tensor(name: str, array: torch.Tensor) -> FlatArray:
+def check_tensor(name: str, array: torch.Tensor) -> None:
+    """A plain tensor, whose memory holds its elements as they are."""
     if array.layout != torch.strided or array.is_nested:
         raise TypeError(f"{name}: is sparse, nested or of a special layout, expected a plain tensor")
+    if array.is_neg():
+        raise ValueError(f"{name}: is a lazily negated view")
+
+
+def _flat_tensor(name: str, array: torch.Tensor) -> HostArray:
+    check_tensor(name, array)
     if array.device.type != "cpu":
         raise ValueError(f"{name}: is on {array.device}, expected the CPU")
     if array.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {array.dtype} is not one of float32, float64, bfloat16, float16")
     shape, strides = tuple(array.shape), array.stride()
-    _check_dense(name, shape, strides)
-    if array.is_neg():
-        raise ValueError(f"{name}: is a lazily negated view")
+    check_dense(name, shape, strides)
     values = array.detach().as_strided((array.numel(),), (1,))
-    return FlatArray(name, values, shape, strides, array.data_ptr())
+    return HostArray(name, array.dtype, array.numel(), shape, strides, array.data_ptr(), values)
 
 
-def _flat_ndarray(name: str, array: np.ndarray, writable: bool) -> FlatArray:
+def _flat_ndarray(name: str, array: np.ndarray, writable: bool) -> HostArray:
     if array.dtype not in TORCH_DTYPES:
         raise TypeError(f"{name}: {array.dtype} is not one of float32, float64, float16 in native byte order")
     if not array.flags.aligned:
         raise ValueError(f"{name}: is not aligned")
     if writable and not array.flags.writeable:
         raise ValueError(f"{name}: is read-only")
-    itemsize = array.itemsize
-    # Strides that are no multiple of the element are mapped to 0, which no dense array has.
-    strides = tuple(stride // itemsize if stride % itemsize == 0 else 0 for stride in array.strides)
-    _check_dense(name, array.shape, strides)
-    flat = np.lib.stride_tricks.as_strided(array, (array.size,), (itemsize,))
+    strides = element_strides(array.strides, array.itemsize)
+    check_dense(name, array.shape, strides)
+    flat = np.lib.stride_tricks.as_strided(array, (array.size,), (array.itemsize,))
     values = torch.from_numpy(flat if flat.flags.writeable else flat.copy())
-    return FlatArray(name, values, array.shape, strides, array.ctypes.data)
+    return HostArray(name, values.dtype, array.size, array.shape, strides, array.ctypes.data, values)
 
 
-def _check_dense(name: str, shape: Sequence[int], strides: Sequence[int]) -> None:
+def element_strides(strides: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """From bytes to elements. What is no multiple of the element becomes 0, which no dense array has."""
+    return tuple(stride // itemsize if stride % itemsize == 0 else 0 for stride in strides)
+
+
+def check_dense(name: str, shape: Sequence[int], strides: Sequence[int]) -> None:
+    """Contiguous after some permutation of the dimensions; strides in elements."""
     if 0 in shape:
         return
     expected = 1
@@ -79,38 +122,38 @@ def _check_dense(name: str, shape: Sequence[int], strides: Sequence[int]) -> Non
         expected *= size
 
 
-def flat_arrays(name: str, arrays: Sequence[Array], writable: bool = False) -> list[FlatArray]:
+def flat_arrays(read: Read[Flat], name: str, arrays: Sequence[Array], writable: bool = False) -> list[Flat]:
     """Each array of a list, checked; errors name it as name[index]."""
     _check_is_list(name, arrays)
-    return [flat_array(f"{name}[{k}]", array, writable) for k, array in enumerate(arrays)]
+    return [read(f"{name}[{k}]", array, writable) for k, array in enumerate(arrays)]
 
 
-def optional_flat_arrays(name: str, arrays: Sequence[Array | None]) -> list[FlatArray | None]:
+def optional_flat_arrays(read: Read[Flat], name: str, arrays: Sequence[Array | None]) -> list[Flat | None]:
     """As `flat_arrays`, where None stands for zeros."""
     _check_is_list(name, arrays)
-    return [None if array is None else flat_array(f"{name}[{k}]", array) for k, array in enumerate(arrays)]
+    return [None if array is None else read(f"{name}[{k}]", array) for k, array in enumerate(arrays)]
 
 
-def flat_buffer(name: str, array: Array, writable: bool = False) -> FlatArray:
+def flat_buffer(read: Read[Flat], name: str, array: Array, writable: bool = False) -> Flat:
     """A packed buffer: one dimension."""
-    flat = flat_array(name, array, writable)
+    flat = read(name, array, writable)
     if len(flat.shape) != 1:
         raise ValueError(f"{name}: expected one dimension, got {len(flat.shape)}")
     return flat
 
 
-def slices(name: str, packed: FlatArray, sizes: np.ndarray) -> list[torch.Tensor]:
-    """Views of a packed buffer, one a size; `name` is the argument that the sizes come from."""
+def slices(name: str, packed: Flat, sizes: np.ndarray) -> list[Flat]:
+    """Parts of a packed buffer, one a size; `name` is the argument that the sizes come from."""
     counts = sizes.tolist()
-    if any(count < 0 for count in counts) or sum(counts) != packed.values.numel():
-        raise ValueError(f"{name}: sum to {sum(counts)} elements, {packed.name} has {packed.values.numel()}")
+    if any(count < 0 for count in counts) or sum(counts) != packed.size:
+        raise ValueError(f"{name}: sum to {sum(counts)} elements, {packed.name} has {packed.size}")
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
-    return [packed.values[end - count : end] for count, end in zip(counts, ends, strict=True)]
+    return [packed.part(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 def check_size(flat: FlatArray, size: int) -> None:
-    if flat.values.numel() != size:
-        raise ValueError(f"{flat.name}: has {flat.values.numel()} elements, expected {size}")
+    if flat.size != size:
+        raise ValueError(f"{flat.name}: has {flat.size} elements, expected {size}")
 
 
 def check_lengths(length: int, **arguments: Sized) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from jointspar.backends import numba_kernels as kernels
-from jointspar.backends.checked_calls import norm_slices, pack_slices, packed_pair, unpack_slices, update_tensors
+from jointspar.backends.host_calls import norm_slices, pack_slices, packed_pair, unpack_slices, update_tensors
 from jointspar.backends.numba_probabilities import project_probabilities, sample_layers, update_probabilities
 
 __all__ = [
