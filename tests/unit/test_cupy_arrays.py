@@ -28,7 +28,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCupy]:
 
 
 def on_device() -> Any:
-    return backends.on_device(Place(0, "cupy"), None)
+    return backends.device_backend(Place(0, "cupy"), None)
 
 
 class Interface:

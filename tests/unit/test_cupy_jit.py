@@ -46,7 +46,7 @@ def cupy(kernels: kernels_on_host.KernelsOnHost, monkeypatch: pytest.MonkeyPatch
 
 
 def on_device() -> Any:
-    return backends.on_device(PLACE, None)
+    return backends.device_backend(PLACE, None)
 
 
 def random_arrays(cupy: FakeCupy, rng: np.random.Generator, dtype: str, sizes: tuple[int, ...] = SIZES) -> list:

@@ -174,4 +174,4 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     with installed(SimpleNamespace()):  # type: ignore[arg-type]
         monkeypatch.setitem(sys.modules, "cupy", None)
         with pytest.raises(RuntimeError, match=r"pip install 'jointspar\[cuda\]'"):
-            backends.on_device(Place(0, "torch"), None)
+            backends.device_backend(Place(0, "torch"), None)

@@ -41,7 +41,7 @@ def tables(cupy: FakeCupy) -> Any:
 
 
 def on_device() -> Any:
-    return backends.on_device(Place(0, "cupy"), None)
+    return backends.device_backend(Place(0, "cupy"), None)
 
 
 def flat(size: int, dtype: torch.dtype = torch.float32, address: int = 4096) -> Any:
