@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases_of(operation, settings)
         for num_threads in options.threads
     ]
+    if not plan:
+        print("jointspar bench ops: none of these operations has such a case", file=sys.stderr)
+        return 2
     record = new_record("ops", sys.argv[1:] if arguments is None else arguments, options, left_out)
     cells = []
     with tqdm(total=len(plan) * settings.rounds, unit="round", disable=None) as progress:
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.set_description(f"{operation.name} {case} {num_threads}t")
             cells.append(measure(operation, case, num_threads, settings, progress))
             progress.write(table(cells[-1]))
-    path = save(record, cells, options.out, _name(options))
+            path = save(record, cells, options.out, _name(options))  # each time: an interrupted run keeps what it has
     picture = path.with_suffix(".png")
     is_drawn = draw_fractions(picture, record, cells)
     for what, reason in left_out.items():

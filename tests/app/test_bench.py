@@ -82,11 +82,16 @@ def test_floor_may_do_less_but_not_change_its_inputs() -> None:
         verify(summing(harmful), SMALL, harmful, SumProblem(SMALL))
 
 
-def test_every_sample_starts_from_the_first_state() -> None:
+@pytest.mark.parametrize(
+    ("in_cache", "seen"),
+    [(True, [0.0, 1.0, 2.0]), (False, [0.0, 1.0])],
+    ids=["one call warms the caches, two are timed", "two are timed"],
+)
+def test_every_sample_starts_from_the_first_state(in_cache: bool, seen: list[float]) -> None:
     problem = SumProblem(SMALL)
-    case = Case("tiny", [(3,)], "float32", calls=2, in_cache=True)
+    case = Case("tiny", [(3,)], "float32", calls=2, in_cache=in_cache)
     seconds = alternate([Variant("a", "peer", add), Variant("b", "peer", add)], problem, case, rounds=3)
-    assert problem.seen == [0.0, 1.0, 2.0] * 6  # one call to warm the caches, two in the time
+    assert problem.seen == seen * 6
     assert {name: times.shape for name, times in seconds.items()} == {"a": (3,), "b": (3,)}
 
 
@@ -190,6 +195,11 @@ def test_quick_run_checks_every_operation_and_writes_its_results(tmp_path: Path)
     with Image.open(path.with_suffix(".png")) as image:
         assert image.format == "PNG"
     assert table(record["cells"][0]).startswith("sample_layers, resnet18, float64, 1 thread")
+
+
+def test_operation_without_the_case_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_ops.main(["sample_layers", "--cases", "small"]) == 2
+    assert "none of these operations has such a case" in capsys.readouterr().err
 
 
 def made_up(speedup: float = 3.0, of_limit: float | None = 0.9, **changes: Any) -> dict[str, Any]:
