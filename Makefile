@@ -19,14 +19,14 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 NATIVE_SOURCES := $(shell find csrc jointspar_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt cmake/cuda.cmake cmake/keep_log.sh
-CPP_FILES = $(shell find csrc jointspar_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc jointspar_ext tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:
 	@echo "make demo     train with JointSpar-LARS on 2 MPI ranks, results in $(DEMO_OUT)"
 	@echo "make test     build, then run the C++ and the Python tests"
 	@echo "make lint     ruff, mypy, clang-format; changes nothing"
 	@echo "make format   rewrite the sources as lint wants them"
-	@echo "make bench    measure the operations (bench/)"
+	@echo "make bench    measure the operations, forward and backward (bench/README.md)"
 	@echo "make test-gpu, make bench-gpu    test or measure on a GPU, with PYTHON as it is: see CONTRIBUTING.md"
 	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/ (clean-all: not $(VENV))"
 
@@ -83,7 +83,7 @@ format: $(VENV)/.stamp-extra-dev
 	@clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
-	@for file in $(wildcard bench/bench_*.py) bench/step/active_backward.py; do $(VENV)/bin/python $$file || exit 1; done
+	@for what in ops backward; do $(VENV)/bin/python -m jointspar bench $$what || exit 1; done
 
 # On a GPU: PYTHON as it is, nothing installed and nothing fetched; what it lacks may be wheels in the folder WHEELS.
 test-gpu:

@@ -1,150 +1,149 @@
-"""LARS over the 161 tensors of ResNet-50, over a model that fits the cache, and over 161 small tensors.
-
-`python bench/bench_lars_update.py [--threads 1 2]` alternates the variants and prints ratios;
-`pytest bench/bench_lars_update.py` records times with pytest-benchmark.
-"""
+"""LARS with momentum: peers measure both norms, as LARS needs; ours is shown with and without norms carried along."""
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from alternate import alternate, print_ratios
-from jointspar.backends import native
-from shapes import Shape, resnet50_shapes
-
-# lr is tiny, so that thousands of timed steps do not change the data that is timed.
-LR, MOMENTUM, WEIGHT_DECAY, TRUST_COEFFICIENT, EPS = 1e-9, 0.9, 1e-4, 1e-3, 1e-8
-CASES: dict[str, list[Shape]] = {
-    "resnet50": resnet50_shapes(),
-    "in_cache": [(4348,)] * 161,
-    "small": [(64,)] * 161,
-}
-REPEATS = {"resnet50": 1, "in_cache": 10, "small": 50}
-PEERS = ("foreach", "foreach_norm_mul_out")
-
-
-@dataclass
-class Tensors:
-    """Parameters with momentum, gradients, a preallocated work list, and the norms that a run carries along."""
-
-    params: list[torch.Tensor]
-    momenta: list[torch.Tensor]
-    grads: list[torch.Tensor]
-    work: list[torch.Tensor]
-    packed_grads: torch.Tensor
-    param_norms: np.ndarray
-    grad_norms: np.ndarray
-
-    @staticmethod
-    def random(shapes: list[Shape]) -> Tensors:
-        torch.manual_seed(0)
-        params = [torch.randn(shape) for shape in shapes]
-        grads = [0.01 * torch.randn(shape) for shape in shapes]
-        return Tensors(
-            params,
-            [torch.zeros(shape) for shape in shapes],
-            grads,
-            [torch.zeros(shape) for shape in shapes],
-            torch.cat([grad.flatten() for grad in grads]),
-            np.sqrt(native.squared_norms(params)),
-            np.sqrt(native.squared_norms(grads)),
-        )
+from jointspar import ops
+from operation import (
+    Case,
+    Operation,
+    Variant,
+    backends_of,
+    compile_for_any_size,
+    model_cases,
+    pytest_cases,
+    pytest_id,
+    run_in_pytest,
+)
+from update_problem import EPS, LARS, LR, MOMENTUM, TRUST_COEFFICIENT, WEIGHT_DECAY, UpdateProblem, fused_sgd
 
 
-def local_rates(tensors: Tensors) -> list[float]:
+def carried(problem: UpdateProblem) -> Any:
+    """As in a training step: ||w|| is known from the last update, ||g|| from the exchange."""
+    return _lars(problem, problem.grads, problem.param_norms, problem.grad_norms)
+
+
+def carried_packed(problem: UpdateProblem) -> Any:
+    return _lars(problem, problem.packed_grads, problem.param_norms, problem.grad_norms)
+
+
+def measures_grads(problem: UpdateProblem) -> Any:
+    return _lars(problem, problem.grads, problem.param_norms, None)
+
+
+def measures_both(problem: UpdateProblem) -> Any:
+    """What the peers do: nothing is known."""
+    return _lars(problem, problem.grads, None, None)
+
+
+def _lars(problem: UpdateProblem, grads: Any, param_norms: np.ndarray | None, grad_norms: np.ndarray | None) -> Any:
+    return ops.lars_update(
+        problem.params, problem.momenta, grads, adapt=problem.adapt, param_norms=param_norms, grad_norms=grad_norms,
+        **LARS,
+    )  # fmt: skip
+
+
+def naive(problem: UpdateProblem) -> None:
+    """Tensor by tensor, as the formula reads."""
+    for param, momentum_buffer, grad in zip(problem.params, problem.momenta, problem.grads, strict=True):
+        param_norm = float(torch.linalg.vector_norm(param, dtype=torch.float32))
+        grad_norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        rate = 1.0
+        if param_norm > 0 and grad_norm > 0:
+            rate = TRUST_COEFFICIENT * param_norm / (grad_norm + WEIGHT_DECAY * param_norm + EPS)
+        step = rate * (grad.float() + WEIGHT_DECAY * param)
+        momentum_buffer.mul_(MOMENTUM).add_(step)
+        param.sub_(LR * momentum_buffer)
+
+
+def local_rates(problem: UpdateProblem) -> list[float]:
     """LARS's rate of each tensor, from norms that torch measures."""
-    param_norms = torch.stack(torch._foreach_norm(tensors.params))
-    grad_norms = torch.stack(torch._foreach_norm(tensors.grads))
+    param_norms = torch.stack(torch._foreach_norm(problem.params, dtype=torch.float32))
+    grad_norms = torch.stack(torch._foreach_norm(problem.grads, dtype=torch.float32))
     rates = TRUST_COEFFICIENT * param_norms / (grad_norms + WEIGHT_DECAY * param_norms + EPS)
     return torch.where((param_norms > 0) & (grad_norms > 0), rates, 1.0).tolist()
 
 
-def foreach_lars(tensors: Tensors) -> None:
-    """The usual `_foreach_` formulation, with the temporary list preallocated."""
-    rates = local_rates(tensors)
-    torch._foreach_copy_(tensors.work, tensors.grads)
-    torch._foreach_add_(tensors.work, tensors.params, alpha=WEIGHT_DECAY)
-    torch._foreach_mul_(tensors.work, rates)
-    torch._foreach_mul_(tensors.momenta, MOMENTUM)
-    torch._foreach_add_(tensors.momenta, tensors.work)
-    torch._foreach_add_(tensors.params, tensors.momenta, alpha=-LR)
+def foreach(problem: UpdateProblem) -> None:
+    """The usual `_foreach_` formulation, with its temporary list preallocated."""
+    rates = local_rates(problem)
+    torch._foreach_copy_(problem.work, problem.grads)
+    torch._foreach_add_(problem.work, problem.params, alpha=WEIGHT_DECAY)
+    torch._foreach_mul_(problem.work, rates)
+    torch._foreach_mul_(problem.momenta, MOMENTUM)
+    torch._foreach_add_(problem.momenta, problem.work)
+    torch._foreach_add_(problem.params, problem.momenta, alpha=-LR)
 
 
-def foreach_norm_mul_out_lars(tensors: Tensors) -> None:
-    """`_foreach_norm`, then three passes per tensor that write no temporary."""
-    for param, momentum_buffer, grad, rate in zip(
-        tensors.params, tensors.momenta, tensors.grads, local_rates(tensors), strict=True
-    ):
+def preallocated(problem: UpdateProblem) -> None:
+    """`_foreach_norm`, then three passes a tensor that write no temporary."""
+    tensors = zip(problem.params, problem.momenta, problem.grads, local_rates(problem), strict=True)
+    for param, momentum_buffer, grad, rate in tensors:
         momentum_buffer.mul_(MOMENTUM).add_(grad, alpha=rate).add_(param, alpha=rate * WEIGHT_DECAY)
         param.add_(momentum_buffer, alpha=-LR)
 
 
-def variants(tensors: Tensors) -> dict[str, Callable[[], object]]:
-    """`fused_sgd` does less (no norms): a floor for torch, not a peer."""
-    count = len(tensors.params)
-    hyper = np.tile([LR, MOMENTUM, WEIGHT_DECAY, TRUST_COEFFICIENT, EPS], (count, 1))
-    adapt = np.ones(count, dtype=bool)
-    unknown = np.full(count, np.nan)
-
-    def lars(
-        grads: list[torch.Tensor] | torch.Tensor, param_norms: np.ndarray, grad_norms: np.ndarray
-    ) -> Callable[[], object]:
-        return lambda: native.lars_update(
-            tensors.params,
-            tensors.momenta,
-            grads,
-            hyper=hyper,
-            adapt=adapt,
-            nesterov=False,
-            param_norms=param_norms,
-            grad_norms=grad_norms,
-        )
-
-    return {
-        "foreach": lambda: foreach_lars(tensors),
-        "foreach_norm_mul_out": lambda: foreach_norm_mul_out_lars(tensors),
-        "fused_sgd": lambda: torch._fused_sgd_(
-            tensors.params,
-            tensors.grads,
-            tensors.momenta,
-            weight_decay=WEIGHT_DECAY,
-            momentum=MOMENTUM,
-            lr=LR,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        ),
-        "native": lars(tensors.grads, tensors.param_norms, tensors.grad_norms),
-        "native_packed": lars(tensors.packed_grads, tensors.param_norms, tensors.grad_norms),
-        "native_measure_grads": lars(tensors.grads, tensors.param_norms, unknown),
-        "native_measure_both": lars(tensors.grads, unknown, unknown),
-    }
+def fused(problem: UpdateProblem) -> None:
+    """torch's private fused SGD on a scaled copy of the gradient, tensor by tensor, so that much stays in the cache."""
+    for param, momentum_buffer, grad, scaled, rate in zip(
+        problem.params, problem.momenta, problem.grads, problem.work, local_rates(problem), strict=True
+    ):
+        torch.mul(grad, rate, out=scaled)
+        fused_sgd([param], [momentum_buffer], [scaled], weight_decay=rate * WEIGHT_DECAY)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("variant", [*PEERS, "fused_sgd", "native", "native_packed", "native_measure_grads"])
-def bench_lars_update(benchmark, case: str, variant: str) -> None:
-    benchmark(variants(Tensors.random(CASES[case]))[variant])
+def fused_without_norms(problem: UpdateProblem) -> None:
+    """SGD in one pass: no norms, no rates."""
+    fused_sgd(problem.params, problem.momenta, problem.grads)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=25)
-    options = parser.parse_args()
-    for num_threads in options.threads:
-        torch.set_num_threads(num_threads)
-        for case, shapes in CASES.items():
-            medians_ms = alternate(variants(Tensors.random(shapes)), rounds=options.rounds, repeats=REPEATS[case])
-            print_ratios(f"lars_update, {case}, {num_threads} threads", medians_ms, peers=PEERS)
+@functools.cache
+def compiled_tensor() -> Callable[..., Any]:
+    """One tensor's update, compiled once for every size."""
+
+    def update(param: torch.Tensor, momentum_buffer: torch.Tensor, grad: torch.Tensor) -> None:
+        param_norm = torch.linalg.vector_norm(param, dtype=torch.float32)
+        grad_norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        rate = TRUST_COEFFICIENT * param_norm / (grad_norm + WEIGHT_DECAY * param_norm + EPS)
+        rate = torch.where((param_norm > 0) & (grad_norm > 0), rate, 1.0)
+        momentum_buffer.mul_(MOMENTUM).add_(rate * (grad + WEIGHT_DECAY * param))
+        param.sub_(LR * momentum_buffer)
+
+    return compile_for_any_size(update)
 
 
-if __name__ == "__main__":
-    main()
+def compiled(problem: UpdateProblem) -> None:
+    update = compiled_tensor()
+    for param, momentum_buffer, grad in problem.flat:
+        update(param, momentum_buffer, grad)
+
+
+OPERATION = Operation(
+    "lars_update",
+    model_cases(),
+    functools.partial(UpdateProblem, uses_lars=True),
+    [
+        *backends_of(carried),
+        Variant("native_packed", "ours", carried_packed, "native"),
+        Variant("native_measures_grads", "ours", measures_grads, "native"),
+        Variant("native_measures_both", "ours", measures_both, "native"),
+        Variant("naive", "peer", naive),
+        Variant("foreach", "peer", foreach),
+        Variant("preallocated", "peer", preallocated),
+        Variant("fused", "peer", fused, dtypes=("float32",)),
+        Variant("compile", "peer", compiled, compiles=True),
+        Variant("fused_without_norms", "floor", fused_without_norms, dtypes=("float32",)),
+    ],
+)
+
+
+@pytest.mark.parametrize(("case", "variant"), pytest_cases(OPERATION), ids=pytest_id)
+def bench_lars_update(benchmark: Any, case: Case, variant: Variant) -> None:
+    run_in_pytest(benchmark, OPERATION, case, variant)

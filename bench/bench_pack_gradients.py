@@ -1,79 +1,107 @@
-"""Packing half of ResNet-50's gradients into one buffer, with their norms, in float32 and in bfloat16.
-
-`python bench/bench_pack_gradients.py [--threads 1 2]` alternates the variants and prints ratios;
-`pytest bench/bench_pack_gradients.py` records times with pytest-benchmark.
-"""
+"""Packing half of a model's float32 gradients into one buffer of float32 or bfloat16, with their norms."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from alternate import alternate, print_ratios
-from jointspar.backends import native
-from shapes import resnet50_shapes
+from jointspar import ops
+from operation import (
+    Case,
+    Operation,
+    Variant,
+    backends_of,
+    compile_for_any_size,
+    model_cases,
+    pytest_cases,
+    pytest_id,
+    run_in_pytest,
+)
+from packed_problem import SCALE, PackProblem
 
-SCALE = 2.0  # 1 / p of a layer that is drawn half of the time
-WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEERS = ("mul_out", "cat_foreach_mul")
-
-
-def variants(wire_dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Every variant writes the same preallocated buffer and finds the norms; `copy` only copies, within torch."""
-    torch.manual_seed(0)
-    grads = [torch.randn(shape) for shape in resnet50_shapes()[::2]]
-    flat_grads = [grad.flatten() for grad in grads]
-    sizes = [grad.numel() for grad in grads]
-    packed = torch.zeros(sum(sizes), dtype=wire_dtype)
-    slices = list(packed.split(sizes))
-    packed_float = torch.zeros(sum(sizes))
-    float_slices = list(packed_float.split(sizes))
-    scales = np.full(len(grads), SCALE)
-    unpacked = [torch.zeros_like(grad) for grad in grads]  # not the gradients: they would double in each round
-
-    def mul_out() -> None:
-        torch._foreach_norm(grads)
-        for grad, target in zip(flat_grads, slices, strict=True):
-            torch.mul(grad, SCALE, out=target)
-
-    def cat_foreach_mul() -> None:
-        torch._foreach_norm(grads)
-        torch.cat(flat_grads, out=packed_float)
-        torch._foreach_mul_(float_slices, SCALE)
-        if wire_dtype != torch.float32:
-            packed.copy_(packed_float)
-
-    return {
-        "mul_out": mul_out,
-        "cat_foreach_mul": cat_foreach_mul,
-        "copy": lambda: torch._foreach_copy_(slices, flat_grads),
-        "native": lambda: native.pack_gradients(grads, scales, np.array(sizes), packed),
-        "native_squared_norms": lambda: native.squared_norms(grads),
-        "native_unpack": lambda: native.unpack_gradients(packed, unpacked, False),
-    }
+Packed = tuple[torch.Tensor, Sequence[Any]]  # the buffer and the norms of the unscaled gradients
 
 
-@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
-@pytest.mark.parametrize("variant", [*PEERS, "copy", "native"])
-def bench_pack_gradients(benchmark, wire_dtype: str, variant: str) -> None:
-    benchmark(variants(WIRE_DTYPES[wire_dtype])[variant])
+def ours(problem: PackProblem) -> Packed:
+    packed, squared_norms = ops.pack_gradients(problem.grads, problem.scales, out=problem.packed)
+    return packed, np.sqrt(squared_norms)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=40)
-    options = parser.parse_args()
-    for num_threads in options.threads:
-        torch.set_num_threads(num_threads)
-        for name, wire_dtype in WIRE_DTYPES.items():
-            medians_ms = alternate(variants(wire_dtype), rounds=options.rounds, cold=True)
-            print_ratios(f"pack_gradients to {name}, {num_threads} threads", medians_ms, peers=PEERS)
+def naive(problem: PackProblem) -> Packed:
+    """What one writes first: new memory in each call."""
+    packed = torch.cat([(SCALE * grad).flatten() for grad in problem.grads]).to(problem.packed.dtype)
+    return packed, [grad.norm() for grad in problem.grads]
 
 
-if __name__ == "__main__":
-    main()
+def foreach(problem: PackProblem) -> Packed:
+    norms = torch._foreach_norm(problem.grads)
+    torch._foreach_copy_(problem.float_slices, problem.flat_grads)
+    torch._foreach_mul_(problem.float_slices, SCALE)
+    return _in_wire_dtype(problem), norms
+
+
+def cat_out(problem: PackProblem) -> Packed:
+    norms = torch._foreach_norm(problem.grads)
+    torch.cat(problem.flat_grads, out=problem.packed_float)
+    problem.packed_float.mul_(SCALE)
+    return _in_wire_dtype(problem), norms
+
+
+def preallocated(problem: PackProblem) -> Packed:
+    """Each gradient scaled straight into its slice."""
+    norms = torch._foreach_norm(problem.grads)
+    for grad, part in zip(problem.flat_grads, problem.slices, strict=True):
+        torch.mul(grad, SCALE, out=part)
+    return problem.packed, norms
+
+
+def _in_wire_dtype(problem: PackProblem) -> torch.Tensor:
+    is_narrow = problem.packed.dtype != torch.float32
+    return problem.packed.copy_(problem.packed_float) if is_narrow else problem.packed_float
+
+
+@functools.cache
+def compiled_tensor() -> Callable[..., Any]:
+    """One gradient, compiled once for every size."""
+
+    def pack(grad: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        part.copy_(grad * SCALE)
+        return torch.linalg.vector_norm(grad)
+
+    return compile_for_any_size(pack)
+
+
+def compiled(problem: PackProblem) -> Packed:
+    pack = compiled_tensor()
+    norms = [pack(grad, part) for grad, part in zip(problem.flat_grads, problem.slices, strict=True)]
+    return problem.packed, norms
+
+
+def copy_without_norms(problem: PackProblem) -> None:
+    torch._foreach_copy_(problem.slices, problem.flat_grads)
+
+
+OPERATION = Operation(
+    "pack_gradients",
+    model_cases(),
+    PackProblem,
+    [
+        *backends_of(ours),
+        Variant("naive", "peer", naive),
+        Variant("foreach", "peer", foreach),
+        Variant("cat_out", "peer", cat_out),
+        Variant("preallocated", "peer", preallocated),
+        Variant("compile", "peer", compiled, compiles=True),
+        Variant("copy_without_norms", "floor", copy_without_norms),
+    ],
+)
+
+
+@pytest.mark.parametrize(("case", "variant"), pytest_cases(OPERATION), ids=pytest_id)
+def bench_pack_gradients(benchmark: Any, case: Case, variant: Variant) -> None:
+    run_in_pytest(benchmark, OPERATION, case, variant)

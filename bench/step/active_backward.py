@@ -1,6 +1,6 @@
 """What sampling layers saves in forward and backward: time of a ResNet-18 iteration, bytes that a transformer keeps.
 
-    python bench/step/active_backward.py [--rounds 12]
+    jointspar bench backward [--rounds 12]
 
 Budgets alternate within one process, so the ratios hold although a shared machine drifts. The step itself (pack,
 exchange, update) is not part of the time. Bytes are those of the distinct storages that autograd saves for
@@ -121,7 +121,9 @@ def transformer_bytes(draws: int) -> dict[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="jointspar bench backward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=12)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -11,12 +12,24 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank
 
 EXIT_USAGE = 2
 _SPEAKER_GRACE_SECONDS = 1.0
+
+
+class _Benchmark(NamedTuple):
+    script: str  # in bench/ of a checkout; takes all further arguments
+    help: str
+
+
+_BENCHMARKS = {
+    "ops": _Benchmark("ops.py", "the operations against PyTorch, NumPy and the machine's limit"),
+    "backward": _Benchmark("step/active_backward.py", "forward and backward at several budgets: time, bytes kept"),
+    "compare": _Benchmark("compare.py", "two result files of ops: which ratios got worse"),
+}
 
 
 class UsageError(ValueError):
@@ -28,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser = _make_parser()
         options, rest = parser.parse_known_args(arguments)
-        if rest and options.command != "bench":
+        if options.command == "bench":
+            return _bench(options.benchmark, rest)
+        if rest:
             raise UsageError(f"jointspar {options.command}: unknown argument {rest[0]!r}; see --help")
         if options.command == "train":
             return _train(options)
-        return _doctor() if options.command == "doctor" else _bench(rest)
+        return _doctor()
     except UsageError as error:
         return _refuse(str(error), is_speaker=launcher_rank() == 0)
 
@@ -57,9 +72,10 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     _add_train_flags(train)
     commands.add_parser("doctor", help="say what was built, which MPI is used, and what to do about problems")
-    commands.add_parser(
-        "bench", help="run the benchmarks of a checkout; further arguments go to pytest", add_help=False
-    )
+    bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar=f"{{{','.join(_BENCHMARKS)}}}")
+    for name, benchmark in _BENCHMARKS.items():
+        benchmarks.add_parser(name, help=benchmark.help, add_help=False)  # the script has a --help of its own
     return parser
 
 
@@ -194,15 +210,17 @@ def _doctor() -> int:
     return examine()
 
 
-def _bench(pytest_arguments: list[str]) -> int:
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    files = sorted(str(path) for path in folder.glob("bench_*.py"))
-    if not files:
+def _bench(name: str, arguments: Sequence[str]) -> int:
+    checkout = Path(__file__).resolve().parents[2]
+    script = checkout / "bench" / _BENCHMARKS[name].script
+    if not script.exists():
         raise UsageError(
-            "jointspar bench: needs a checkout of the sources, whose bench/ folder is not part of an installation: "
-            "clone the repository and run it from there"
+            f"jointspar bench {name}: needs a checkout of the sources, whose bench/ folder is not part of an "
+            "installation: clone the repository and run it from there"
         )
-    return subprocess.run([sys.executable, "-m", "pytest", *files, *pytest_arguments], check=False).returncode
+    search_path = [str(checkout / "python"), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
+    return subprocess.run([sys.executable, str(script), *arguments], env=environment, check=False).returncode
 
 
 def _refuse(message: str, *, is_speaker: bool) -> int:

@@ -45,6 +45,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("train", "--out", "x", "--budget", "1.5"), "--budget 1.5 is out of range"),
         (("train", "--out", "x", "--budget", "half"), "--budget"),
         (("train", "--out", "x", "--method", "lars", "--budget", "0.5"), "--budget does not act"),
+        (("bench",), "ops"),
+        (("bench", "sleep"), "invalid choice"),
         (("doctor", "--loud"), "unknown argument '--loud'"),
     ],
 )
@@ -96,20 +98,28 @@ def test_every_setting_of_a_run_has_a_flag() -> None:
     assert [name for name in TrainConfig.__dataclass_fields__ if flag(name) not in text] == []
 
 
+@pytest.mark.parametrize("name", cli._BENCHMARKS)
 def test_bench_outside_a_checkout_says_what_it_needs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "lib" / "python" / "jointspar" / "cli.py"))
-    assert "needs a checkout" in refused(capsys, "bench", "-k", "lars")
+    assert "needs a checkout" in refused(capsys, "bench", name, "--quick")
 
 
-def test_bench_in_a_checkout_hands_further_arguments_to_pytest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = tmp_path / "python" / "jointspar"
+def test_bench_hands_all_further_arguments_to_the_script_and_returns_its_code(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "bench_nothing.py").write_text("def test_small(): pass\ndef test_large(): assert False\n")
-    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
-    assert cli.main(["bench", "-q", "-k", "small"]) == 0
-    assert cli.main(["bench", "-q", "-k", "large"]) == 1
+    (tmp_path / "bench" / "ops.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "python" / "jointspar" / "cli.py"))
+    arguments = ["lars_update", "--threads", "1", "2", "--help"]
+    assert cli.main(["bench", "ops", *arguments]) == 3
+    assert capfd.readouterr().out == f"{arguments}\n"
+
+
+@pytest.mark.parametrize("name", cli._BENCHMARKS)
+def test_every_listed_benchmark_has_its_script_in_this_checkout(name: str) -> None:
+    assert (ROOT / "bench" / cli._BENCHMARKS[name].script).is_file()
 
 
 @pytest.mark.mpi

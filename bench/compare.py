@@ -1,0 +1,100 @@
+"""Compares two result files of `jointspar bench ops` by their ratios, which hold although machines drift.
+
+Worse means that a ratio of one of our variants (to the best peer, or to the machine's limit) fell by more than 10%.
+Exit code 0: nothing is worse; 1: something is; 2: the files cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from results import SCHEMA
+
+RATIOS = {"speedup": "over the best peer", "of_limit": "of the limit"}
+LARGEST_FALL = 0.10
+
+Key = tuple[str, ...]  # operation, case, dtype, threads, variant, ratio
+
+
+class Change(NamedTuple):
+    """A ratio's medians in the old and in the new file; both are the larger the better."""
+
+    key: Key
+    old: float
+    new: float
+
+    @property
+    def is_worse(self) -> bool:
+        return self.new < (1.0 - LARGEST_FALL) * self.old
+
+    def __str__(self) -> str:
+        *place, ratio = self.key
+        change = 100 * (self.new / self.old - 1)
+        return f"{', '.join(place)}: {self.old:.3g} -> {self.new:.3g} {RATIOS[ratio]} ({change:+.0f}%)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="jointspar bench compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("old", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    options = parser.parse_args(arguments)
+    try:
+        return report(read(options.old), read(options.new))
+    except ValueError as error:
+        print(f"jointspar bench compare: {error}", file=sys.stderr)
+        return 2
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file. Raises ValueError, naming the file, where it cannot be compared."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: has schema {schema!r}; this version compares {SCHEMA!r}: measure again")
+    if record["quick"]:
+        raise ValueError(f"{path}: comes from --quick, which measures nothing")
+    return record
+
+
+def report(old: dict[str, Any], new: dict[str, Any]) -> int:
+    """Print what changed; returns the exit code. Raises ValueError where the files have no ratio in common."""
+    before, after = dict(ratios(old)), dict(ratios(new))
+    changes = [Change(key, before[key], after[key]) for key in before if key in after]
+    if not changes:
+        raise ValueError("the files have no operation, case and variant in common")
+    for name in ("processor", "cores"):
+        if old["machine"][name] != new["machine"][name]:
+            print(f"note: another machine: {name} {old['machine'][name]} -> {new['machine'][name]}")
+    for key in sorted(before.keys() - after.keys()):
+        print(f"note: no longer measured: {', '.join(key)}")
+    worse = [change for change in changes if change.is_worse]
+    for change in sorted(worse, key=lambda change: change.new / change.old):
+        print(f"WORSE  {change}")
+    print(f"{len(worse)} of {len(changes)} ratios are worse by more than {LARGEST_FALL:.0%}")
+    return 1 if worse else 0
+
+
+def ratios(record: dict[str, Any]) -> Iterator[tuple[Key, float]]:
+    """The medians of our variants; a peer that became slower is no fault of ours."""
+    for cell in record["cells"]:
+        place = (cell["operation"], cell["case"], cell["dtype"], f"threads {cell['threads']}")
+        for row in cell["variants"]:
+            for name in RATIOS:
+                if row["role"] == "ours" and row[name] is not None:
+                    yield (*place, row["variant"], name), row[name]["median"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""The benchmarks: all is right in the quick form, wrong variants are refused, files are compared by their ratios."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+import compare
+import ops as bench_ops
+import picture
+from alternate import alternate, spread
+from jointspar import cli, ops
+from limits import Limit, compiler
+from operation import Case, Operation, Traffic, Variant, verify
+from picture import draw_fractions
+from results import SCHEMA, cell_of, table
+from shapes import MODELS
+
+SMALL = Case("tiny", [(3,)], "float32", in_cache=True)
+
+
+class SumProblem:
+    """total += values."""
+
+    def __init__(self, case: Case) -> None:
+        self.values = torch.ones(case.shapes[0])
+        self.total = torch.zeros(case.shapes[0])
+        self.inputs = [self.values]
+        self.traffic: Traffic | None = None
+        self.seen: list[float] = []  # what a call found in total
+
+    def reset(self) -> None:
+        self.total.zero_()
+
+    def check(self, call: Callable[[], Any]) -> None:
+        call()
+        assert self.total.tolist() == [1.0, 1.0, 1.0], "a wrong sum"
+
+
+def add(problem: SumProblem) -> None:
+    problem.seen.append(float(problem.total[0]))
+    problem.total += problem.values
+
+
+def forget(problem: SumProblem) -> None:
+    """Writes nothing."""
+
+
+def spoil(problem: SumProblem) -> None:
+    problem.total += problem.values
+    problem.values *= 2
+
+
+def summing(*variants: Variant) -> Operation:
+    return Operation("sum", [SMALL], SumProblem, variants)
+
+
+@pytest.mark.parametrize(("call", "reason"), [(forget, "a wrong sum"), (spoil, "an input was changed")])
+def test_wrong_variant_is_refused_by_name(call: Callable[[Any], Any], reason: str) -> None:
+    variant = Variant("mine", "peer", call)
+    with pytest.raises(AssertionError, match=f"sum, tiny-float32, mine: {reason}"):
+        verify(summing(variant), SMALL, variant, SumProblem(SMALL))
+
+
+def test_floor_may_do_less_but_not_change_its_inputs() -> None:
+    idle, harmful = Variant("idle", "floor", forget), Variant("harmful", "floor", spoil)
+    verify(summing(idle), SMALL, idle, SumProblem(SMALL))
+    with pytest.raises(AssertionError, match="an input was changed"):
+        verify(summing(harmful), SMALL, harmful, SumProblem(SMALL))
+
+
+@pytest.mark.parametrize(
+    ("in_cache", "seen"),
+    [(True, [0.0, 1.0, 2.0]), (False, [0.0, 1.0])],
+    ids=["one call warms the caches, two are timed", "two are timed"],
+)
+def test_every_sample_starts_from_the_first_state(in_cache: bool, seen: list[float]) -> None:
+    problem = SumProblem(SMALL)
+    case = Case("tiny", [(3,)], "float32", calls=2, in_cache=in_cache)
+    seconds = alternate([Variant("a", "peer", add), Variant("b", "peer", add)], problem, case, rounds=3)
+    assert problem.seen == seen * 6
+    assert {name: times.shape for name, times in seconds.items()} == {"a": (3,), "b": (3,)}
+
+
+def test_slow_variant_sits_out_later_rounds_and_ratios_come_from_common_rounds() -> None:
+    variants = [Variant("ours", "ours", add), Variant("slow", "ours", add, max_rounds=1), Variant("peer", "peer", add)]
+    seconds = alternate(variants, SumProblem(SMALL), SMALL, rounds=3)
+    assert np.isnan(seconds["slow"]).tolist() == [False, True, True]
+    rows = cell_of("sum", SMALL, 1, None, variants, seconds)["variants"]
+    assert [row["ms"]["rounds"] for row in rows] == [3, 1, 3]
+    assert rows[1]["speedup"]["median"] == seconds["peer"][0] / seconds["slow"][0]
+
+
+def test_ratios_are_formed_within_a_round() -> None:
+    variants = [Variant(role, role, add) for role in ("ours", "peer", "limit")]
+    drifting = np.array([1.0, 10.0, 100.0])  # the machine slows down; the ratios stay
+    seconds = {"ours": 2 * drifting, "peer": 6 * drifting, "limit": drifting}
+    row = cell_of("sum", SMALL, 1, None, variants, seconds)["variants"][0]
+    assert row["speedup"] == {"median": 3.0, "p10": 3.0, "p90": 3.0, "rounds": 3}
+    assert row["of_limit"] == {"median": 0.5, "p10": 0.5, "p90": 0.5, "rounds": 3}
+
+
+def test_spread_is_the_median_and_the_outer_tenths() -> None:
+    assert spread(np.arange(11.0)) == (5.0, 1.0, 9.0, 11)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_tensors", "num_elements"),
+    [("resnet18", 62, 11_689_512), ("resnet50", 161, 25_557_032), ("transformer24", 292, 92_959_744)],
+)
+def test_shapes_are_those_of_the_models(model: str, num_tensors: int, num_elements: int) -> None:
+    """ResNets: the published sizes. Transformer: 24 * (12 * 512^2 + 13 * 512) + (32768 + 1024 + 2) * 512."""
+    shapes = MODELS[model]
+    assert len(shapes) == num_tensors
+    assert sum(math.prod(shape) for shape in shapes) == num_elements
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so no limits")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("read_bytes", "written_bytes"), [(4, 4), (4, 2), (2, 4)])
+def test_copy_limit_writes_every_byte(read_bytes: int, written_bytes: int, streaming: bool) -> None:
+    limit = Limit(Traffic("copy", 100_000, read_bytes, written_bytes), streaming=streaming)
+    limit.read[:] = 7
+    limit()
+    expected = 0 if read_bytes > written_bytes else 7  # narrowing folds two equal words by exclusive or
+    assert (limit.written == expected).all()
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so no limits")
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_other_limits_touch_every_element(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    ones_as_word = int.from_bytes(bytes([1] * 8), "little")
+    read = Limit(Traffic("read", 100_000, 4), streaming=False)
+    assert read() == read.size // 2 * ones_as_word % 2**64
+    total = Limit(Traffic("add", 100_000, 2, 2), streaming=False)
+    total()
+    assert (total.written == 2).all()
+    for element_bytes in (2, 4):
+        update = Limit(Traffic("update", 100_000, element_bytes, element_bytes), streaming=False)
+        update()
+        assert (update.momenta.view(-1, 4)[:, :2] == 2).all()
+        assert (update.written == 3).all()  # 1 exclusive or 2
+
+
+def test_bytes_of_an_update_are_five_words_an_element_in_float32() -> None:
+    assert Traffic("update", 10, 4, 4).num_bytes == 200
+    assert Traffic("update", 10, 2, 2).num_bytes == 140
+    assert Traffic("copy", 10, 4, 2).num_bytes == 60
+    assert Traffic("add", 10, 4, 4).num_bytes == 120
+    assert Traffic("read", 10, 4).num_bytes == 40
+
+
+def test_every_public_operation_has_a_benchmark() -> None:
+    public = {
+        name
+        for name, value in vars(ops).items()
+        if inspect.isfunction(value) and value.__module__ == ops.__name__ and not name.startswith("_")
+    }
+    assert set(bench_ops.OPERATIONS) == public - {"backend", "use_backend"}
+
+
+@pytest.mark.parametrize("name", bench_ops.OPERATIONS)
+def test_every_benchmark_has_all_backends_peers_and_a_pytest_entry(name: str) -> None:
+    operation = bench_ops.load(name)
+    roles = {variant.name: variant.role for variant in operation.variants}
+    assert [roles[backend] for backend in ("native", "numba", "reference")] == ["ours"] * 3
+    assert roles["naive"] == "peer"
+    assert hasattr(importlib.import_module(f"bench_{name}"), f"bench_{name}")
+
+
+def test_quick_run_checks_every_operation_and_writes_its_results(tmp_path: Path) -> None:
+    assert cli.main(["bench", "ops", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*-ops-quick.json")
+    record = json.loads(path.read_text())
+    assert {cell["operation"] for cell in record["cells"]} == set(bench_ops.OPERATIONS)
+    assert {cell["dtype"] for cell in record["cells"]} == {"float32", "bfloat16", "float64"}
+    assert record["command"].startswith("jointspar bench ops --quick")
+    assert record["left_out"]["compile"]
+    assert {"processor", "cores", "load_average"} <= record["machine"].keys()
+    assert {"torch", "numpy", "jointspar", "python"} <= record["versions"].keys()
+    with Image.open(path.with_suffix(".png")) as image:
+        assert image.format == "PNG"
+    assert table(record["cells"][0]).startswith("sample_layers, resnet18, float64, 1 thread")
+
+
+def test_operation_without_the_case_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_ops.main(["sample_layers", "--cases", "small"]) == 2
+    assert "none of these operations has such a case" in capsys.readouterr().err
+
+
+def made_up(speedup: float = 3.0, of_limit: float | None = 0.9, **changes: Any) -> dict[str, Any]:
+    """A result file of one operation."""
+    rows = [
+        {"variant": "native", "role": "ours", "speedup": {"median": speedup},
+         "of_limit": None if of_limit is None else {"median": of_limit}},
+        {"variant": "foreach", "role": "peer", "speedup": {"median": 1.0}, "of_limit": None},
+    ]  # fmt: skip
+    cell = {"operation": "sum", "case": "tiny", "dtype": "float32", "threads": 1, "variants": rows}
+    machine = {"processor": "P", "cores": 2}
+    return {"schema": SCHEMA, "quick": False, "machine": machine, "cells": [cell], **changes}
+
+
+def compared(tmp_path: Path, old: Any, new: Any) -> int:
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, record in zip(paths, (old, new), strict=True):
+        path.write_text(record if isinstance(record, str) else json.dumps(record))
+    return compare.main([str(path) for path in paths])
+
+
+@pytest.mark.parametrize(("speedup", "of_limit"), [(2.71, 0.82), (3.0, 0.9), (9.0, 1.0)])
+def test_ratios_within_a_tenth_pass(tmp_path: Path, speedup: float, of_limit: float) -> None:
+    assert compared(tmp_path, made_up(3.0, 0.9), made_up(speedup, of_limit)) == 0
+
+
+@pytest.mark.parametrize(
+    ("speedup", "of_limit", "line"),
+    [(2.69, 0.9, "3 -> 2.69 over the best peer (-10%)"), (3.0, 0.45, "0.9 -> 0.45 of the limit (-50%)")],
+)
+def test_ratio_that_fell_by_more_than_a_tenth_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], speedup: float, of_limit: float, line: str
+) -> None:
+    assert compared(tmp_path, made_up(3.0, 0.9), made_up(speedup, of_limit)) == 1
+    assert f"WORSE  sum, tiny, float32, threads 1, native: {line}" in capsys.readouterr().out
+
+
+def test_slower_peer_is_not_our_fault(tmp_path: Path) -> None:
+    new = copy.deepcopy(made_up())
+    new["cells"][0]["variants"][1]["speedup"]["median"] = 0.1
+    assert compared(tmp_path, made_up(), new) == 0
+
+
+def test_ratio_that_is_no_longer_measured_and_another_machine_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(tmp_path, made_up(), made_up(of_limit=None, machine={"processor": "Q", "cores": 2})) == 0
+    output = capsys.readouterr().out
+    assert "no longer measured: sum, tiny, float32, threads 1, native, of_limit" in output
+    assert "another machine: processor P -> Q" in output
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (made_up(schema="jointspar-bench-ops/0"), "has schema 'jointspar-bench-ops/0'"),
+        ([], "has schema None"),
+        (made_up(quick=True), "--quick, which measures nothing"),
+        (made_up(cells=[]), "in common"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: Any, message: str
+) -> None:
+    assert compared(tmp_path, made_up(), new) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_picture_shows_the_first_variant_on_top_for_every_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(picture, "FigureCanvasAgg", lambda figure: drawn.append(figure) or FigureCanvasAgg(figure))
+    variants = [Variant(role, role, add) for role in ("ours", "peer", "limit")]
+    seconds = {"ours": np.array([2.0]), "peer": np.array([4.0]), "limit": np.array([1.0])}
+    traffic = Traffic("add", 3, 4, 4)
+    cells = [cell_of("sum", SMALL, num_threads, traffic, variants, seconds) for num_threads in (1, 2)]
+    record = made_up(commit=None, date="2022-07-17", versions={"torch": "2"})
+    assert draw_fractions(tmp_path / "two.png", record, cells)
+    for axes in drawn[0].axes:
+        places = {bar.get_width(): bar.get_y() for bar in axes.patches if np.isfinite(bar.get_width())}
+        assert places.keys() == {0.5, 0.25}  # ours, peer
+        assert places[0.5] < places[0.25] and axes.yaxis_inverted()
+
+
+def test_picture_needs_a_limit(tmp_path: Path) -> None:
+    assert not draw_fractions(tmp_path / "none.png", made_up(), made_up(of_limit=None)["cells"])
+    assert not (tmp_path / "none.png").exists()
