@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "watchdog.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -47,4 +48,14 @@ PYBIND11_MODULE(_core, m) {
     m.def("sgd_update", &jointspar::sgd_update, "params"_a, "momenta"_a, "grads"_a, py::kw_only(), "hyper"_a,
           "nesterov"_a, "skip_nonfinite"_a = false,
           "Updates params and momenta; the gradients' norms: float64 [num_params].");
+    m.def(
+        "start_watch",
+        [](double seconds, const std::string& message) {
+            return jointspar::Watchdog::instance().start(seconds, message);
+        },
+        "seconds"_a, "message"_a,
+        "From now on the process ends by _exit(1), with the message on stderr, unless end_watch comes in time.");
+    m.def(
+        "end_watch", [](std::uint64_t watch) { jointspar::Watchdog::instance().end(watch); }, "watch"_a,
+        "Takes a watch away.");
 }

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 from jointspar.comm.hashing import stable_hash
-from jointspar.comm.header import Op
+from jointspar.comm.heads import Op
 from jointspar.errors import CheckpointError
 from jointspar.plain_json import from_json, to_json
 

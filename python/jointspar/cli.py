@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank
 
 EXIT_USAGE = 2
+EXIT_STOPPED = 128 + signal.SIGTERM  # as a shell reports a process that SIGTERM ended
 _SPEAKER_GRACE_SECONDS = 1.0
 
 
@@ -37,7 +39,7 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 fine, 1 failed or not usable, 2 wrong flags or missing data."""
+    """Run one command; its exit code: 0 fine, 1 failed or not usable, 2 wrong flags or missing data, 143 stopped."""
     try:
         parser = _make_parser()
         options, rest = parser.parse_known_args(arguments)
@@ -182,10 +184,13 @@ def _train(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"jointspar train: {error}") from error
     _require_packages()
-    from jointspar.training.loop import SetupError, train
+    from jointspar.training.loop import SetupError, StoppedError, train
 
     try:
         train(config)
+    except StoppedError as stopped:
+        print(f"jointspar train: {stopped}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except SetupError as error:
         return _refuse(f"jointspar train: {_with_flag_names(str(error))}", is_speaker=error.is_speaker)
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from jointspar import comm as comm_module
-from jointspar.comm.header import Op
+from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 from jointspar.pipeline import Exchanged, Pipeline
@@ -20,6 +20,8 @@ from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_
 from jointspar.telemetry import Stats, weight_grad_flops
 
 INACTIVE = ("skip", "decay")
+Batch = TypeVar("Batch")
+_NO_BATCH: Any = object()
 
 
 class _JointSparOptimizer(torch.optim.Optimizer):
@@ -39,7 +41,10 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         comm: Transport | None,
         wire_dtype: torch.dtype | str | None,
         exchange: str,
+        check_every: int,
     ) -> None:
+        if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
+            raise ValueError(f"check_every: {check_every!r} is not a number of steps, or 0 for never")
         if inactive not in INACTIVE:
             raise ValueError(f"inactive: {inactive!r} is not one of {', '.join(INACTIVE)}")
         sampling = sampling if sampling is not None else Sampling()
@@ -63,6 +68,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
             inactive=inactive,
             wire_dtype=wire_dtype,
             exchange=exchange,
+            check_every=check_every,
         )
         broadcast_parameters(self.comm, self._parameters)
 
@@ -194,6 +200,35 @@ class _JointSparOptimizer(torch.optim.Optimizer):
             raise ValueError("parameters: not all of them belong to this optimizer")
         self._pipeline.backward.set_trainable([position_of[id(parameter)] for parameter in chosen], trainable)
 
+    def even_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate over this rank's batches until the first rank has no more; all ranks then end after the same step.
+
+        Collective, with a `step()` after each batch (or after several, as long as one follows the last). One agreement
+        at the start, none later: a step's header says whether the rank has just used its last batch. Batches are
+        therefore fetched one ahead, and what longer loaders hold beyond the shortest is left out.
+
+        Raises: JointSparError where no step followed the last batch, DesyncError where ranks differ in their calls.
+        """
+        agreement, iterator = self._pipeline.agreement, iter(batches)
+        following = next(iterator, _NO_BATCH)
+        agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
+        self.meet(Op.BATCHES)
+        while not agreement.is_wished(Wish.LAST_BATCH):
+            if following is _NO_BATCH:
+                raise JointSparError("even_batches: no step() followed this rank's last batch")
+            batch, following = following, next(iterator, _NO_BATCH)
+            agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
+            yield batch
+
+    def request_stop(self) -> None:
+        """Make `stop_requested` true on all ranks after their next step. Any rank may call it, signal handlers too."""
+        self._pipeline.agreement.wish(Wish.STOP)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any rank had called `request_stop` when the last step was agreed on; the same on all ranks."""
+        return self._pipeline.agreement.is_wished(Wish.STOP)
+
     def meet(self, op: Op, detail: int = 0) -> None:
         """Wait for all ranks to come to `op` in this step. Raises DesyncError where one does something else."""
         if self._exchanged is not None:
@@ -288,6 +323,8 @@ class JointSparLARS(_JointSparOptimizer):
             what ranks computed), or "auto": for each step the one that promises the least time, by a measurement at
             construction (well under a second). With three ranks or more the three round differently, so name one where
             separate runs must give the same bits; a resumed run keeps the measurement of its state.
+        check_every: after so many steps the ranks compare digests of their weights, layer by layer, so that a bit that
+            flipped on one rank is a DesyncError; 0 for never. It reads every weight once, about a millisecond a MB.
 
     Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.
@@ -311,14 +348,16 @@ class JointSparLARS(_JointSparOptimizer):
         comm: Transport | None = None,
         wire_dtype: torch.dtype | str | None = None,
         exchange: str = "auto",
+        check_every: int = 0,
     ) -> None:
         defaults = dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps,
             nesterov=nesterov, adapt_vectors=adapt_vectors,
         )  # fmt: skip
         super().__init__(
-            params, defaults, inactive=inactive, sampling=sampling, comm=comm, wire_dtype=wire_dtype, exchange=exchange
-        )
+            params, defaults, inactive=inactive, sampling=sampling, comm=comm, wire_dtype=wire_dtype, exchange=exchange,
+            check_every=check_every,
+        )  # fmt: skip
 
 
 class JointSparSGD(_JointSparOptimizer):
@@ -342,11 +381,13 @@ class JointSparSGD(_JointSparOptimizer):
         comm: Transport | None = None,
         wire_dtype: torch.dtype | str | None = None,
         exchange: str = "auto",
+        check_every: int = 0,
     ) -> None:
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         super().__init__(
-            params, defaults, inactive=inactive, sampling=sampling, comm=comm, wire_dtype=wire_dtype, exchange=exchange
-        )
+            params, defaults, inactive=inactive, sampling=sampling, comm=comm, wire_dtype=wire_dtype, exchange=exchange,
+            check_every=check_every,
+        )  # fmt: skip
 
 
 def _as_float(value: Any, default: float) -> float:

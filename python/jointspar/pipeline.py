@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from jointspar.comm.hashing import stable_hash
-from jointspar.comm.header import Agreement, Op
+from jointspar.comm.header import Agreement
+from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import Reading
 from jointspar.errors import JointSparError
@@ -58,6 +59,7 @@ class Pipeline:
         inactive: str,
         wire_dtype: torch.dtype | str | None,
         exchange: str,
+        check_every: int,
     ) -> None:
         self.layers, self.sampling, self.comm = layers, sampling, comm
         self.packer = Packer(layers.parameters, layers.names, wire_dtype)
@@ -66,7 +68,9 @@ class Pipeline:
             exchange, comm, self.packer.wire_dtype, is_partial=is_partial, device=layers.parameters[0].device
         )
         self._decays_idle = inactive == "decay"
-        settings = {"optimizer": optimizer_name, "inactive": inactive, "exchange": exchange}
+        self._check_every = check_every
+        settings: dict[str, Any] = {"optimizer": optimizer_name, "inactive": inactive, "exchange": exchange}
+        settings["check_every"] = check_every
         settings["device"] = layers.parameters[0].device.type
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
@@ -185,6 +189,9 @@ class Pipeline:
         self.skipped_in_a_row = 0 if is_applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise JointSparError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite gradients")
+        if self._check_every and self.step_count % self._check_every == 0 and self.comm.world_size > 1:
+            with self.stats.phase("check"):
+                self._check_weights()
         self.draw_next()
         self.stats.add_step(active_fraction=active_fraction, skipped=not is_applied, flops_skipped=flops_skipped)
 
@@ -239,6 +246,14 @@ class Pipeline:
         self.chooser.load_state_dict(state["exchange"])
         self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash(self.chooser.costs))
         self.draw_next()
+
+    def _check_weights(self) -> None:
+        """Raises DesyncError on all ranks where a layer's weights are not the same bits on all of them."""
+        parameters, sampled = self.layers.parameters, self.layers.sampled
+        by_layer = [stable_hash([parameters[index] for index in layer.parameters]) for layer in sampled]
+        inside = {index for layer in sampled for index in layer.parameters}
+        by_layer.append(stable_hash([parameters[index] for index in range(len(parameters)) if index not in inside]))
+        self.agreement.compare_digests(self.step_count, np.array(by_layer, dtype=np.int64))
 
     def _lesson_to_learn(self, exchanged: Exchanged) -> Lesson | None:
         """This step's, or with lag=1 that of the step before."""

@@ -8,7 +8,8 @@ import torch
 
 from jointspar import comm as comm_module
 from jointspar.comm.hashing import stable_hash
-from jointspar.comm.header import Op, current_agreement
+from jointspar.comm.header import current_agreement
+from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar.comm.header import Agreement, Op
+from jointspar.comm.header import Agreement
+from jointspar.comm.heads import Op
 from jointspar.errors import DesyncError
 from support import launched
 

@@ -188,7 +188,6 @@ def test_after_a_timeout_the_transport_refuses_and_exit_aborts_instead_of_hangin
 def post_a_header_long_before_the_others():
     """A header in flight may be older than the deadline, which counts from the start of the wait for it."""
     transport = launched(timeout=1.5)
-    sys.modules[type(transport).__module__].WARN_SECONDS = 0.5
     if transport.rank == 1:
         time.sleep(2.5)
     pending = transport.start_headers(np.array([transport.rank]), what="step 4 plan")
@@ -198,7 +197,7 @@ def post_a_header_long_before_the_others():
 
 
 def test_the_deadline_counts_from_the_start_of_a_wait_which_warns_when_it_is_long(run_ranks):
-    job = run_ranks(2, post_a_header_long_before_the_others, timeout=30)
+    job = run_ranks(2, post_a_header_long_before_the_others, timeout=30, env={"JOINTSPAR_WARN": "0.5"})
     assert "rank 0: step 4 plan: still waiting for other ranks" in job.output
 
 

@@ -49,6 +49,19 @@ def test_parameters_frozen_at_construction_are_never_touched():
     assert flags(parameters) == [True, False, True]
 
 
+def test_with_only_an_unused_head_wanted_backward_still_works():
+    model, parameters = make()
+    head = torch.nn.Parameter(torch.ones(2))  # the loss leaves it out
+    backward = ActiveBackward([*parameters, head])
+    backward.activate(np.ones(4, dtype=bool))
+    model(torch.randn(5, 2)).sum().backward()
+    backward.observe()
+    model.zero_grad()
+    backward.activate(np.array([False, False, False, True]))
+    model(torch.randn(5, 2)).sum().backward()
+    assert [parameter.grad is not None for parameter in parameters] == [False, False, True]
+
+
 def test_release_gives_requires_grad_back():
     _, parameters = make()
     backward = ActiveBackward(parameters)

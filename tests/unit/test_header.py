@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from jointspar.comm import local
 from jointspar.comm.hashing import stable_hash
-from jointspar.comm.header import Agreement, Op
+from jointspar.comm.header import Agreement
+from jointspar.comm.heads import Op
 from jointspar.errors import DesyncError, JointSparError
 
 
@@ -275,12 +276,20 @@ def test_a_load_replaces_the_plan_that_was_posted_before_it():
         agreed.post_plan(9, np.ones(3, dtype=bool))
         agreed.go(Op.LOAD, step=9)
         agreed.post_plan(2, np.zeros(3, dtype=bool))
-        plan = agreed.wait_plan()
-        with pytest.raises(JointSparError, match="without a post_plan"):
-            agreed.wait_plan()
-        return plan.any()
+        return agreed.wait_plan().any()
 
     assert run_threads(2, program) == [False, False]
+
+
+def test_a_plan_stays_until_the_next_one_is_posted():
+    def program(transport):
+        agreed = agreement(transport)
+        with pytest.raises(JointSparError, match="without a post_plan"):
+            agreed.wait_plan()
+        agreed.post_plan(0, np.ones(3, dtype=bool))
+        return agreed.wait_plan().all() and agreed.wait_plan().all()
+
+    assert run_threads(2, program) == [True, True]
 
 
 class Answering:

@@ -642,3 +642,50 @@ def test_parameters_cannot_be_added_later():
     optimizer = js.JointSparLARS(make_model().named_parameters())
     with pytest.raises(JointSparError, match="new optimizer"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+
+
+def test_a_step_that_was_refused_says_the_same_again_and_can_be_made_right():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL)
+    model(torch.tensor([1, 2])).sum().backward()
+    messages = []
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            optimizer.step()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "plan" not in messages[0]
+    model[0].weight.grad = model[0].weight.grad.to_dense()
+    before = weights(model)
+    optimizer.step()
+    assert optimizer.stats.steps == 1 and not torch.equal(before, weights(model))
+
+
+@pytest.mark.parametrize("check_every", [-1, 1.5, True, "2"])
+def test_check_every_must_be_a_number_of_steps(check_every):
+    with pytest.raises(ValueError, match="check_every"):
+        js.JointSparLARS(make_model().parameters(), check_every=check_every)
+
+
+def test_even_batches_alone_are_all_batches_each_with_its_step():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    for length in (0, 1, 4):
+        seen = 0
+        for batch in optimizer.even_batches(list(batches(length))):
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+            seen += 1
+        assert seen == length
+    with pytest.raises(JointSparError, match="no step"):
+        list(optimizer.even_batches(batches(2)))
+
+
+def test_a_requested_stop_is_known_after_the_next_step():
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    train(model, optimizer, 1)
+    optimizer.request_stop()
+    assert not optimizer.stop_requested
+    train(model, optimizer, 1)
+    assert optimizer.stop_requested

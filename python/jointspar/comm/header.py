@@ -2,18 +2,18 @@
 
 Headers are fixed-size int64 rows that every rank sends to every rank on a communicator of their own:
 
-- *hello*, once at construction: layout and settings. Its size depends on nothing, so that differing layouts can meet.
+- *hello*, once at construction: layout and settings.
 - *plan*, posted at the end of each step and in flight during the next forward: the active layers of that step.
 - *go*, immediately before each payload, save, load, average and finish: what this rank is about to do.
+- *leave*, once when the process exits: a rank that leaves early meets the others, whatever they wait for.
 
-Why ranks that diverge still meet. Each rank emits one sequence of headers: hello, then plans and goes. A plan is posted
-only after an agreed go, and a go first completes the plan that is in flight, so at most one header is under way and
-the n-th header of one rank meets the n-th header of every other: up to the first difference all ranks had the same
-n - 1 before it. Plans and goes have the same number of words and name their operation, so whichever two meet, each is
-read whole and the difference is seen: a rank that waits for the plan of step 12 and one that finishes first both
-complete that plan, then meet as "step 12 exchange" against "finish". All ranks judge the same gathered rows
-by the same rules, hence all raise or none does, and no rank is left behind in a payload. A rank that sends nothing
-any more is a matter of the transport's deadline.
+Why ranks that diverge still meet. Each rank emits one sequence of headers, and the n-th header of one rank meets the
+n-th header of every other: up to the first difference all ranks had the same n - 1 before it. All headers name their
+operation, and their size follows from the hellos before them (the largest that any optimizer on the transport needs,
+whatever layouts the next hello brings), so whichever two meet, each is read whole and the difference is seen: a rank
+that waits for the plan of step 12 and one that finishes first both complete that plan, then meet as "step 12 exchange"
+against "finish". All ranks judge the same gathered rows by the same rules, hence all raise or none does, and no rank
+is left behind in a payload. A rank that sends nothing any more is a matter of the transport's deadline.
 """
 
 from __future__ import annotations
@@ -22,42 +22,29 @@ import atexit
 import os
 import time
 from collections.abc import Sequence
-from enum import IntEnum
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 import torch
 
 from jointspar.comm.hashing import stable_hash
+from jointspar.comm.heads import NUM_FIXED, Op, Wish, describe, different_heads, new_header, reserve_words
 from jointspar.comm.transport import PEER_GRACE_SECONDS, PendingHeaders, Transport
 from jointspar.errors import DesyncError, JointSparError
 
-_MAGIC = 0x4A53_5041_0001  # "JSPA", protocol version
-_NUM_FIXED = 16
 _MAX_SETTINGS = 64
 _MAX_LISTED_LAYERS = 4096
+_ALL_WISHES = Wish.STOP | Wish.LAST_BATCH
 _MAX_NAMED = 3  # differing layers that a message names
 
-# Words of a hello.
-_WORLD_SIZE, _NUM_LAYERS, _LAYERS, _ALWAYS, _SETTINGS_HELLO, _NUM_VALUES = range(1, 7)
-# Words of a plan or go; word 0 is the magic number.
-_SERIAL, _OP, _STEP, _LAYOUT, _SETTINGS, _HASH, _COUNT, _DTYPE = range(1, 9)
+# Words of a hello after its head.
+_WORLD_SIZE, _NUM_LAYERS, _LAYERS, _ALWAYS, _SETTINGS_HELLO, _NUM_VALUES = range(4, 10)
+# Words of a plan or go after its head. Wishes are not compared.
+_LAYOUT, _SETTINGS, _HASH, _COUNT, _DTYPE, _WISHES = range(4, 10)
 
 _DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
 _num_agreements: WeakKeyDictionary[Transport, int] = WeakKeyDictionary()
 _current: WeakKeyDictionary[Transport, ReferenceType[Agreement]] = WeakKeyDictionary()
-
-
-class Op(IntEnum):
-    """What a rank is about to do."""
-
-    PLAN = 1
-    EXCHANGE = 2
-    SAVE = 3
-    LOAD = 4
-    AVERAGE = 5
-    UPDATE = 6
-    FINISH = 7
 
 
 class Agreement:
@@ -90,18 +77,19 @@ class Agreement:
         self._always_active_hash = int(always_active_hash)
         self._settings = dict(settings)
         self._num_values = num_values
-        self._num_words = _NUM_FIXED + max(-(-len(layer_names) // 64), num_values)
         self._layout_hash = stable_hash([self._layer_hashes, self._always_active_hash])
         self._settings_hash = stable_hash(self._settings)
         self._serial = _num_agreements[transport] = _num_agreements.get(transport, 0) + 1
         self._step = 0
         self._pending_plan: PendingHeaders | None = None
-        self._plan: np.ndarray | None = None  # bool [world_size, num_layers], completed and not yet asked for
+        self._plan: np.ndarray | None = None  # bool [world_size, num_layers], the last completed
+        self._own_wishes = self._agreed_wishes = Wish(0)
         self._is_over = False
         self._pid = os.getpid()
         _current[transport] = ref(self)
         if transport.world_size > 1:
             self._say_hello()
+            reserve_words(transport, max(-(-len(layer_names) // 64), num_values))
             atexit.register(self._finish_at_exit)
 
     @property
@@ -126,17 +114,19 @@ class Agreement:
             return
         words = self._words(Op.PLAN, step, probabilities_hash or 0)
         bits = np.packbits(active, bitorder="little")
-        words[_NUM_FIXED:].view(np.uint8)[: bits.size] = bits
-        self._pending_plan = self._transport.start_headers(words, what=_describe(Op.PLAN, step))
+        words[NUM_FIXED:].view(np.uint8)[: bits.size] = bits
+        self._pending_plan = self._transport.start_headers(words, what=describe(Op.PLAN, step))
 
     def wait_plan(self) -> np.ndarray:
-        """The posted plan of all ranks, bool [world_size, num_layers]. Raises DesyncError on every rank."""
+        """The posted plan of all ranks, bool [world_size, num_layers]. Raises DesyncError on every rank.
+
+        Stays until the next is posted, so that a step that raised on this rank before its go can be made again.
+        """
         self._check_open()
         self._complete_plan()
         if self._plan is None:
             raise JointSparError("wait_plan() without a post_plan() before it")
-        plan, self._plan = self._plan, None
-        return plan
+        return self._plan
 
     def go(
         self,
@@ -155,23 +145,48 @@ class Agreement:
         Raises DesyncError on every rank when op, step, count, dtype or hyper_hash differ.
         """
         self._check_open()
+        own_wishes = self._own_wishes  # a signal handler may change them at any moment
         own = np.zeros(self._num_values) if values is None else np.ascontiguousarray(values, dtype=np.float64)
         if own.shape != (self._num_values,):
             raise ValueError(f"values must be float64 [{self._num_values}], not shape {own.shape}")
         self._complete_plan()
         if self._transport.world_size == 1:
+            self._agreed_wishes = own_wishes
             return own[None].copy()
         words = self._words(op, step, hyper_hash)
+        words[_WISHES] = own_wishes
         words[_COUNT] = count
         words[_DTYPE] = _DTYPES.index(dtype)
-        words[_NUM_FIXED : _NUM_FIXED + own.size] = own.view(np.int64)
-        rows = self._transport.start_headers(words, what=_describe(op, step)).wait()
+        words[NUM_FIXED : NUM_FIXED + own.size] = own.view(np.int64)
+        rows = self._transport.start_headers(words, what=describe(op, step)).wait()
         self._compare(
             rows,
-            _describe(op, step),
+            describe(op, step),
             "the chosen exchange, learning rates, other hyperparameters, or which parameters are frozen differ",
         )
-        return rows[:, _NUM_FIXED : _NUM_FIXED + own.size].copy().view(np.float64)
+        self._agreed_wishes = Wish(int(np.bitwise_or.reduce(rows[:, _WISHES])) & _ALL_WISHES)
+        return rows[:, NUM_FIXED : NUM_FIXED + own.size].copy().view(np.float64)
+
+    def compare_digests(self, step: int, digests: np.ndarray) -> None:
+        """Meet all ranks and compare a number for each layer, and a last one for the parameters outside the layers.
+
+        digests: int64 [num_layers + 1], where num_values is as much. Raises DesyncError on every rank when any differ.
+        """
+        rows = self.go(Op.CHECK, step=step, values=digests.view(np.float64)).view(np.int64)
+        num_layers = len(self._layer_names)
+        texts = self._differing_layers(np.full(len(rows), num_layers), rows[:, :num_layers])
+        ranks = _differing_ranks(rows[:, num_layers])
+        texts += [f"the always-active parameters differ: {ranks} against rank 0"] if ranks else []
+        if texts:
+            self._fail(f"{describe(Op.CHECK, step)}: " + "; ".join(texts))
+
+    def wish(self, wish: Wish, is_wished: bool = True) -> None:
+        """Tell the other ranks with the next go. Safe in a signal handler."""
+        self._own_wishes = self._own_wishes | wish if is_wished else self._own_wishes & ~wish
+
+    def is_wished(self, wish: Wish) -> bool:
+        """Whether any rank wished it at the last go; the same on all ranks."""
+        return wish in self._agreed_wishes
 
     def finish(self) -> None:
         """Agree that all ranks are done; again after that it does nothing. Runs at exit where nobody called it."""
@@ -181,9 +196,7 @@ class Agreement:
         self._close()
 
     def _words(self, op: Op, step: int, value_hash: int) -> np.ndarray:
-        words = np.zeros(self._num_words, dtype=np.int64)
-        words[0] = _MAGIC
-        words[[_SERIAL, _OP, _STEP]] = self._serial, op, step
+        words = new_header(self._transport, self._serial, op, step)
         words[[_LAYOUT, _SETTINGS, _HASH]] = self._layout_hash, self._settings_hash, value_hash
         return words
 
@@ -192,16 +205,13 @@ class Agreement:
             return
         pending, self._pending_plan = self._pending_plan, None
         rows = pending.wait()
-        self._compare(rows, _describe(Op.PLAN, self._step), "the shared probabilities differ")
-        bits = np.ascontiguousarray(rows[:, _NUM_FIXED:]).view(np.uint8)
+        self._compare(rows, describe(Op.PLAN, self._step), "the shared probabilities differ")
+        bits = np.ascontiguousarray(rows[:, NUM_FIXED:]).view(np.uint8)
         self._plan = np.unpackbits(bits, axis=1, bitorder="little")[:, : len(self._layer_names)].astype(bool)
 
     def _compare(self, rows: np.ndarray, what: str, hash_differs: str) -> None:
         """Raise DesyncError for the first kind of difference, in the same way on all ranks."""
-        self._check_magic(rows)
-        heads = rows[:, [_SERIAL, _OP, _STEP]]
-        if (heads != heads[0]).any():
-            self._fail("the ranks are about to do different things: " + _who_does_what(heads))
+        self._check_heads(rows)
         differences = {
             _LAYOUT: "the layer layouts differ",
             _SETTINGS: "the settings differ",
@@ -215,8 +225,7 @@ class Agreement:
                 self._fail(f"{what}: {text}: {ranks} against rank 0")
 
     def _say_hello(self) -> None:
-        words = np.zeros(_NUM_FIXED, dtype=np.int64)
-        words[0] = _MAGIC
+        words = new_header(self._transport, self._serial, Op.HELLO, 0)
         words[_WORLD_SIZE] = self._transport.world_size
         words[_NUM_LAYERS] = len(self._layer_names)
         words[_LAYERS] = stable_hash(self._layer_hashes)
@@ -224,7 +233,7 @@ class Agreement:
         words[_SETTINGS_HELLO] = self._settings_hash
         words[_NUM_VALUES] = self._num_values
         rows = self._transport.start_headers(words, what="agreement on layers and settings").wait()
-        self._check_magic(rows)
+        self._check_heads(rows)
         if (rows != rows[0]).any():
             self._fail("; ".join(self._explain(rows)))
 
@@ -267,10 +276,10 @@ class Agreement:
             texts.append(f"layer {layer} {name} differs: {_differing_ranks(hashes[:, layer])} against rank 0")
         return texts
 
-    def _check_magic(self, rows: np.ndarray) -> None:
-        if (rows[:, 0] != _MAGIC).any():
-            ranks = [rank for rank, word in enumerate(rows[:, 0]) if word != _MAGIC]
-            self._fail(f"ranks {ranks} sent no header of this version: do all ranks run the same program and version?")
+    def _check_heads(self, rows: np.ndarray) -> None:
+        difference = different_heads(rows)
+        if difference:
+            self._fail(difference)
 
     def _fail(self, text: str) -> None:
         self._close()
@@ -303,22 +312,6 @@ def current_agreement(transport: Transport) -> Agreement:
     if agreement is not None and not agreement._is_over:
         return agreement
     return Agreement(transport, layer_names=[], layer_hashes=[], settings={}, num_values=0)
-
-
-def _describe(op: int, step: int) -> str:
-    if op in (Op.PLAN, Op.EXCHANGE):
-        return f"step {step} {Op(op).name.lower()}"
-    name = Op(op).name.lower() if op in Op._value2member_map_ else f"unknown operation {op}"
-    return f"{name} at step {step}"
-
-
-def _who_does_what(heads: np.ndarray) -> str:
-    """Rows of (serial, op, step) in words: "rank 0: step 12 exchange; rank 1: save at step 12"."""
-    several = (heads[:, 0] != heads[0, 0]).any()
-    texts = []
-    for rank, (serial, op, step) in enumerate(heads.tolist()):
-        texts.append(f"rank {rank}: {_describe(op, step)}" + (f" of optimizer {serial}" if several else ""))
-    return "; ".join(texts)
 
 
 def _differing_ranks(column: np.ndarray) -> str:

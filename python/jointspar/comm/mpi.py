@@ -9,7 +9,6 @@ MPI traffic is neither authenticated nor encrypted: use it among machines that t
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -22,16 +21,16 @@ import torch
 
 from jointspar.comm import cuda_mpi
 from jointspar.comm.device import call_with_deadline, wait_for_stream
-from jointspar.comm.process import WARN_SECONDS, ProcessTransport, checked_timeout
+from jointspar.comm.process import ProcessTransport, checked_timeout
+from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_buffer, check_words
-from jointspar.errors import CollectiveTimeout, JointSparError
+from jointspar.errors import JointSparError
 
 _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
 _TAG = 0
 
-_logger = logging.getLogger("jointspar")
 _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outlive whoever started them
 
 
@@ -68,9 +67,10 @@ class MpiTransport(ProcessTransport):
         own = check_words(words)
         rows = np.empty((self.world_size, own.size), dtype=np.int64)
         int64 = self._mpi.INT64_T
+        record = self.recorder.start(what, "header", own.nbytes)
         request = self._call(what, self._headers.Iallgather, [own, own.size, int64], [rows, own.size, int64])
         self.bytes_sent += own.nbytes * (self.world_size - 1)
-        return _PendingHeaders(_Pending(self, [request], (own, rows), what), rows)
+        return _PendingHeaders(_Pending(self, [request], (own, rows), record), rows)
 
     def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
         if not self.can_allreduce(buffer.dtype):
@@ -82,12 +82,13 @@ class MpiTransport(ProcessTransport):
         memory = self._memory(buffer, what).view(buffer.detach().numpy().dtype)
         if self.world_size == 1:
             return
+        record = self.recorder.start(what, "allreduce", memory.nbytes)
         requests = [
             self._call(what, self._payload.Iallreduce, self._mpi.IN_PLACE, [chunk, chunk.size, datatype], self._mpi.SUM)
             for chunk in _chunks(memory)
         ]
         self.bytes_sent += memory.nbytes
-        _Pending(self, requests, buffer, what).wait()
+        _Pending(self, requests, buffer, record).wait()
 
     def _allreduce_on_device(self, buffer: torch.Tensor, what: str) -> None:
         """By a blocking call: Open MPI crashes where a non-blocking one gets CUDA memory."""
@@ -106,8 +107,11 @@ class MpiTransport(ProcessTransport):
                 self._call(what, self._payload.Allreduce, self._mpi.IN_PLACE, chunk, self._mpi.SUM)
 
         wait_for_stream(self, buffer.device, what=what)
-        call_with_deadline(self, sum_chunks, what=what)
-        self.bytes_sent += buffer.numel() * buffer.element_size()
+        record = self.recorder.start(what, "allreduce on the device", buffer.numel() * buffer.element_size())
+        with self._watch(what):
+            call_with_deadline(self, sum_chunks, what=what)
+        record.finish()
+        self.bytes_sent += record.num_bytes
 
     def agree_on_cuda(self) -> bool:
         if self._takes_cuda is None:
@@ -122,21 +126,22 @@ class MpiTransport(ProcessTransport):
         return dtype in self._datatypes
 
     def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Pending:
-        pending = self._start(self._payload.Isend, buffer, rank, what)
+        pending = self._start(self._payload.Isend, buffer, rank, what, f"send to rank {rank}")
         self.bytes_sent += buffer.numel() * buffer.element_size()
         return pending
 
     def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Pending:
-        return self._start(self._payload.Irecv, buffer, rank, what)
+        return self._start(self._payload.Irecv, buffer, rank, what, f"receive from rank {rank}")
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         memory = self._memory(buffer, what)
         self._check_rank(root, "root")
         byte = self._mpi.BYTE
+        record = self.recorder.start(what, f"broadcast from rank {root}", memory.nbytes)
         requests = [self._call(what, self._payload.Ibcast, [c, c.size, byte], root) for c in _chunks(memory)]
         if self.rank == root and self.world_size > 1:
             self.bytes_sent += memory.nbytes
-        _Pending(self, requests, buffer, what).wait()
+        _Pending(self, requests, buffer, record).wait()
 
     def close(self) -> None:
         """Free the communicators, together with all other ranks."""
@@ -147,12 +152,13 @@ class MpiTransport(ProcessTransport):
         self._headers.Free()
         self._payload.Free()
 
-    def _start(self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str) -> _Pending:
+    def _start(self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, op: str) -> _Pending:
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")
         byte = self._mpi.BYTE
+        record = self.recorder.start(what, op, memory.nbytes)
         requests = [self._call(what, operation, [c, c.size, byte], rank, _TAG) for c in _chunks(memory)]
-        return _Pending(self, requests, buffer, what)
+        return _Pending(self, requests, buffer, record)
 
     def _is_shut_down(self) -> bool:
         return bool(self._mpi.Is_finalized())
@@ -170,48 +176,47 @@ class MpiTransport(ProcessTransport):
             raise JointSparError(f"rank {self.rank}: {what}: {error.Get_error_string()}") from error
 
     def _wait(self, requests: list[Any], what: str) -> None:
-        start = time.monotonic()
-        warned = False
-        while not self._call(what, _all_done, requests):
-            waited = time.monotonic() - start
-            if waited > self.timeout:
-                reason = f"{what}: no answer from the other ranks for {waited:.1f} s"
-                self.fail(reason)
-                raise CollectiveTimeout(f"rank {self.rank}: {reason}")
-            if waited > WARN_SECONDS and not warned:
-                _logger.warning("rank %d: %s: still waiting for other ranks after %.0f s", self.rank, what, waited)
-                warned = True
-            if waited < _SPIN_SECONDS:
-                os.sched_yield()
-            else:
-                time.sleep(min(_LONGEST_SLEEP, waited / 50))
+        began = time.monotonic()
+        has_warned = False
+        with self._watch(what):
+            while not self._call(what, _all_done, requests):
+                has_warned = self._check_deadline(what, began, has_warned)
+                waited = time.monotonic() - began
+                if waited < _SPIN_SECONDS:
+                    os.sched_yield()
+                else:
+                    time.sleep(min(_LONGEST_SLEEP, waited / 50))
 
 
 class _Pending:
     """Requests and the memory that they read or write, kept together until all are done."""
 
-    def __init__(self, transport: MpiTransport, requests: list[Any], buffers: object, what: str) -> None:
+    def __init__(self, transport: MpiTransport, requests: list[Any], buffers: object, record: Record) -> None:
         self._transport = transport
         self._requests = requests
         self._buffers = buffers
-        self._what = what
+        self._record = record
         _in_flight.add(self)
 
     def done(self) -> bool:
         if self in _in_flight:
-            self._transport._check_usable(self._what)
-            if self._transport._call(self._what, _all_done, self._requests):
-                _in_flight.discard(self)
+            self._transport._check_usable(self._record.what)
+            if self._transport._call(self._record.what, _all_done, self._requests):
+                self._finish()
         return self not in _in_flight
 
     def wait(self) -> None:
         if self.done():
             return
         try:
-            self._transport._wait(self._requests, self._what)
+            self._transport._wait(self._requests, self._record.what)
         except BaseException as error:  # an interrupt too leaves the operation half-way
-            self._transport.fail(f"{self._what} was left by {type(error).__name__}")
+            self._transport.fail(f"{self._record.what} was left by {type(error).__name__}")
             raise
+        self._finish()
+
+    def _finish(self) -> None:
+        self._record.finish()
         _in_flight.discard(self)
 
 
@@ -229,7 +234,7 @@ def mpi(communicator: Any = None, *, timeout: float | None = None, on_failure: s
     """The ranks of an mpi4py communicator, COMM_WORLD by default; collective.
 
     timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300. A warning is
-    logged at 60 s.
+    logged at JOINTSPAR_WARN seconds, else 60.
     on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
     of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an
     exit after a failed operation aborts, since MPI_Finalize would hang.

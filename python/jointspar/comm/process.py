@@ -1,19 +1,28 @@
-"""What the transports of several processes share: refusals, deadlines, and no exit that waits for what was left."""
+"""What the transports of several processes share: refusals, deadlines, and exits that no other rank waits for."""
 
 from __future__ import annotations
 
 import atexit
+import logging
+import math
 import os
 import sys
+import time
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
 from jointspar.comm.failure import abort_on_uncaught
-from jointspar.comm.transport import as_bytes, check_buffer
-from jointspar.errors import JointSparError
+from jointspar.comm.heads import leave
+from jointspar.comm.recorder import Recorder
+from jointspar.comm.transport import PEER_GRACE_SECONDS, as_bytes, check_buffer
+from jointspar.comm.watchdog import watched
+from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError
 
-WARN_SECONDS = 60.0
+_ABORT_SECONDS = 5.0  # for an abort, before the watchdog ends the process without one
+
+_logger = logging.getLogger("jointspar")
 
 
 class ProcessTransport:
@@ -27,11 +36,13 @@ class ProcessTransport:
         self.name, self.rank, self.world_size = name, rank, world_size
         self.timeout = timeout
         self.bytes_sent = 0
+        self.recorder = Recorder(rank)
+        self._warn_seconds = seconds_from_environment("JOINTSPAR_WARN", 60.0)
         self._library = library
         self._is_closed = False
         self._failure: str | None = None
         self._pid = os.getpid()
-        atexit.register(self._abort_if_failed)
+        atexit.register(self._leave)
         if on_failure == "abort" and world_size > 1:
             abort_on_uncaught(self)  # type: ignore[arg-type]  # before the first operation that could fail
 
@@ -46,10 +57,12 @@ class ProcessTransport:
         self._failure = self._failure or reason
 
     def abort(self, message: str) -> None:
-        print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._end_job()
+        with watched(_ABORT_SECONDS, f"rank {self.rank} leaves by _exit: its abort did not end"):
+            print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
+            self.recorder.dump(message)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._end_job()
 
     def _is_shut_down(self) -> bool:
         """Whether somebody ended the library below."""
@@ -59,10 +72,35 @@ class ProcessTransport:
         """Leave the process, non-zero, so that the others end too."""
         os._exit(1)
 
+    def _release(self) -> None:
+        """Let go of what the library made for this transport, while the interpreter is whole."""
+
     def _mark_closed(self) -> None:
         self._is_closed = True
         self.fail("the transport is closed")
-        atexit.unregister(self._abort_if_failed)
+        atexit.unregister(self._leave)
+
+    def _watch(self, what: str) -> AbstractContextManager[None]:
+        """Around a wait: where Python itself is stopped, the watchdog ends the process some time past the deadline."""
+        return watched(self.timeout, f"rank {self.rank}: {what}: no end, and Python does not run: the process leaves")
+
+    def _check_deadline(self, what: str, began: float, has_warned: bool) -> bool:
+        """In a wait that began then (time.monotonic()): whether the user has been warned that it takes long.
+
+        Raises CollectiveTimeout past the deadline, after which the transport refuses all further use.
+        """
+        waited = time.monotonic() - began
+        if waited > self.timeout:
+            raise self._timed_out(what, waited)
+        if waited > self._warn_seconds and not has_warned:
+            _logger.warning("rank %d: %s: still waiting for other ranks after %.0f s", self.rank, what, waited)
+            return True
+        return has_warned
+
+    def _timed_out(self, what: str, waited: float) -> CollectiveTimeout:
+        reason = f"{what}: no answer from the other ranks for {waited:.1f} s"
+        self.fail(reason)
+        return CollectiveTimeout(f"rank {self.rank}: {reason}")
 
     def _memory(self, buffer: torch.Tensor, what: str) -> np.ndarray:
         """The bytes of host memory that the library may touch."""
@@ -84,20 +122,45 @@ class ProcessTransport:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"{argument} must be in 0 .. {self.world_size - 1}, not {rank}")
 
-    def _abort_if_failed(self) -> None:
-        if self._failure is not None and os.getpid() == self._pid and not self._is_shut_down():
-            self.abort(f"at exit, after a failure: {self._failure}")
+    def _leave(self) -> None:
+        """At exit: meet the other ranks, so that one that leaves early is noticed, then let go of everything."""
+        if os.getpid() != self._pid:
+            return
+        if not self._is_shut_down():
+            if self._failure is not None:
+                self.abort(f"at exit, after a failure: {self._failure}")
+            self._meet_at_exit()
+        self._release()
+
+    def _meet_at_exit(self) -> None:
+        if self.world_size == 1:
+            return
+        self.timeout = math.inf  # others may have work left that needs no messages; finalising would wait for them too
+        try:
+            leave(self)  # type: ignore[arg-type]
+        except JointSparError as error:
+            if isinstance(error, DesyncError):
+                time.sleep(PEER_GRACE_SECONDS)
+            self.abort(f"at exit: {error}")
 
 
 def checked_timeout(timeout: float | None, on_failure: str) -> float:
     """The options of `mpi` and `torch_dist`: seconds of one wait, JOINTSPAR_TIMEOUT for None. Raises ValueError."""
     if on_failure not in ("abort", "raise"):
         raise ValueError(f"on_failure must be 'abort' or 'raise', not {on_failure!r}")
-    text = os.environ.get("JOINTSPAR_TIMEOUT", "300")
-    try:
-        seconds = float(text) if timeout is None else float(timeout)
-    except ValueError:
-        raise ValueError(f"JOINTSPAR_TIMEOUT must be a number of seconds, not {text!r}") from None
+    seconds = seconds_from_environment("JOINTSPAR_TIMEOUT", 300.0) if timeout is None else float(timeout)
     if not seconds > 0:
         raise ValueError(f"timeout must be positive seconds, not {seconds}")
+    return seconds
+
+
+def seconds_from_environment(name: str, default: float) -> float:
+    """A positive number of seconds. Raises ValueError for anything else."""
+    text = os.environ.get(name, str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number of seconds, not {text!r}") from None
+    if not seconds > 0:
+        raise ValueError(f"{name} must be positive seconds, not {text}")
     return seconds

@@ -6,13 +6,15 @@ the connection. After either the transport refuses all further use, and the proc
 its groups, which would wait for what was left. A message longer than its receive ends the receiving process at once,
 from gloo's thread.
 
+A group's threads are joined only when nothing refers to the group any more. One that drops the last reference to a
+tensor while the interpreter ends brings the process down ("terminate called"), so groups are let go of before that.
+
 Traffic is neither authenticated nor encrypted: use it among machines that trust each other.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -24,14 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from jointspar.comm.process import WARN_SECONDS, ProcessTransport, checked_timeout
+from jointspar.comm.process import ProcessTransport, checked_timeout
+from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_words
-from jointspar.errors import CollectiveTimeout, JointSparError
+from jointspar.errors import JointSparError
 
 _SLICE_SECONDS = 0.5  # of one uninterruptible wait for a collective
 _OWN_DEADLINE = timedelta(days=30)  # gloo counts from the start of a collective, we from the start of the wait for it
-
-_logger = logging.getLogger("jointspar")
 
 
 class TorchTransport(ProcessTransport):
@@ -54,7 +55,8 @@ class TorchTransport(ProcessTransport):
         """A group of our own. Gloo's deadline ends its construction where a rank stays away, and no later wait."""
         is_part = len(ranks) < dist.get_world_size()
         deadline = timedelta(seconds=self.timeout)
-        group = self._call("start", dist.new_group, ranks, deadline, "gloo", use_local_synchronization=is_part)
+        with self._watch("start"):
+            group = self._call("start", dist.new_group, ranks, deadline, "gloo", use_local_synchronization=is_part)
         group._get_backend(torch.device("cpu"))._set_default_timeout(_OWN_DEADLINE)
         return group
 
@@ -62,9 +64,10 @@ class TorchTransport(ProcessTransport):
         self._check_usable(what)
         own = torch.from_numpy(check_words(words))
         rows = torch.empty((self.world_size, own.numel()), dtype=torch.int64)
+        record = self.recorder.start(what, "header", words.nbytes)
         work = self._call(what, dist.all_gather, list(rows), own, group=self._headers, async_op=True)
         self.bytes_sent += words.nbytes * (self.world_size - 1)
-        return _PendingHeaders(_Collective(self, work, what), rows.numpy())
+        return _PendingHeaders(_Collective(self, work, record), rows.numpy())
 
     def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
         if not self.can_allreduce(buffer.dtype):
@@ -72,20 +75,21 @@ class TorchTransport(ProcessTransport):
         num_bytes = self._memory(buffer, what).nbytes
         if self.world_size == 1 or num_bytes == 0:
             return
+        record = self.recorder.start(what, "allreduce", num_bytes)
         work = self._call(what, dist.all_reduce, buffer.detach(), group=self._payload, async_op=True)
         self.bytes_sent += num_bytes
-        _Collective(self, work, what).wait()
+        _Collective(self, work, record).wait()
 
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return dtype in self._summed
 
     def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
-        message = self._start(dist.isend, buffer, rank, what, "group_dst")
+        message = self._start(dist.isend, buffer, rank, what, "group_dst", f"send to rank {rank}")
         self.bytes_sent += buffer.numel() * buffer.element_size()
         return message
 
     def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
-        return self._start(dist.irecv, buffer, rank, what, "group_src")
+        return self._start(dist.irecv, buffer, rank, what, "group_src", f"receive from rank {rank}")
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         memory = self._memory(buffer, what)
@@ -93,10 +97,11 @@ class TorchTransport(ProcessTransport):
         if self.world_size == 1 or memory.nbytes == 0:
             return
         as_tensor = torch.from_numpy(memory)
+        record = self.recorder.start(what, f"broadcast from rank {root}", memory.nbytes)
         work = self._call(what, dist.broadcast, as_tensor, group_src=root, group=self._payload, async_op=True)
         if self.rank == root:
             self.bytes_sent += memory.nbytes
-        _Collective(self, work, what).wait()
+        _Collective(self, work, record).wait()
 
     def close(self) -> None:
         """Destroy the private groups; torch's default group stays."""
@@ -104,16 +109,25 @@ class TorchTransport(ProcessTransport):
             return
         self._check_usable("close")
         self._mark_closed()
-        dist.destroy_process_group(self._headers)
-        dist.destroy_process_group(self._payload)
+        self._release()
 
-    def _start(self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, peer: str) -> _Message:
+    def _release(self) -> None:
+        """Destroy the private groups, and drop them: only then their threads are joined."""
+        if not self._is_shut_down():
+            dist.destroy_process_group(self._headers)
+            dist.destroy_process_group(self._payload)
+        del self._headers, self._payload
+
+    def _start(
+        self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, peer: str, op: str
+    ) -> _Message:
         memory = torch.from_numpy(self._memory(buffer, what))
         self._check_rank(rank, "rank")
         if rank == self.rank:
             raise ValueError(f"rank must be another rank than this one, {rank}: gloo has no connection to itself")
+        record = self.recorder.start(what, op, memory.numel())
         work = self._call(what, operation, memory, group=self._payload, **{peer: rank})
-        return _Message(self, work, memory, what)
+        return _Message(self, work, memory, record)
 
     def _is_shut_down(self) -> bool:
         return not dist.is_initialized()
@@ -133,58 +147,50 @@ class TorchTransport(ProcessTransport):
         self.fail(f"{what} failed with {text}")
         return JointSparError(f"rank {self.rank}: {what}: {text}")
 
-    def _timed_out(self, what: str, waited: float) -> CollectiveTimeout:
-        reason = f"{what}: no answer from the other ranks for {waited:.1f} s"
-        self.fail(reason)
-        return CollectiveTimeout(f"rank {self.rank}: {reason}")
-
 
 class _Collective:
     """A started collective, which holds its tensors itself."""
 
-    def __init__(self, transport: TorchTransport, work: Any, what: str) -> None:
+    def __init__(self, transport: TorchTransport, work: Any, record: Record) -> None:
         self._transport = transport
         self._work = work
-        self._what = what
+        self._record = record
 
     def done(self) -> bool:
         if self._work is not None:
-            self._transport._check_usable(self._what)
+            self._transport._check_usable(self._record.what)
             if self._work.is_completed():
-                self._transport._call(self._what, self._work.wait)  # raises what went wrong
+                self._transport._call(self._record.what, self._work.wait)  # raises what went wrong
+                self._record.finish()
                 self._work = None
         return self._work is None
 
     def wait(self) -> None:
+        transport, what = self._transport, self._record.what
         began = time.monotonic()
-        warned = False
+        has_warned = False
         try:
-            while not self.done():
-                waited = time.monotonic() - began
-                if waited > self._transport.timeout:
-                    raise self._transport._timed_out(self._what, waited)
-                if waited > WARN_SECONDS and not warned:
-                    text = "rank %d: %s: still waiting for other ranks after %.0f s"
-                    _logger.warning(text, self._transport.rank, self._what, waited)
-                    warned = True
-                self._wait_a_slice(self._transport.timeout - waited)
+            with transport._watch(what):
+                while not self.done():
+                    has_warned = transport._check_deadline(what, began, has_warned)
+                    self._wait_a_slice(transport.timeout - (time.monotonic() - began))
         except BaseException as error:  # an interrupt too leaves the operation half-way
-            self._transport.fail(f"{self._what} was left by {type(error).__name__}")
+            transport.fail(f"{what} was left by {type(error).__name__}")
             raise
 
     def _wait_a_slice(self, remaining: float) -> None:
         with suppress(RuntimeError):  # not in time; or it failed, which done() reports
-            self._work.wait(timedelta(seconds=min(_SLICE_SECONDS, remaining + 0.001)))
+            self._work.wait(timedelta(seconds=max(0.001, min(_SLICE_SECONDS, remaining + 0.001))))
 
 
 class _Message:
     """A started send or receive with its memory."""
 
-    def __init__(self, transport: TorchTransport, work: Any, memory: torch.Tensor, what: str) -> None:
+    def __init__(self, transport: TorchTransport, work: Any, memory: torch.Tensor, record: Record) -> None:
         self._transport = transport
         self._work = work
         self._memory = memory
-        self._what = what
+        self._record = record
 
     def done(self) -> bool:
         """Whether it was waited for: gloo tells no sooner."""
@@ -193,13 +199,15 @@ class _Message:
     def wait(self) -> None:
         if self._work is None:
             return
-        transport = self._transport
-        transport._check_usable(self._what)
+        transport, what = self._transport, self._record.what
+        transport._check_usable(what)
         try:
-            transport._call(self._what, self._work.wait, timedelta(seconds=transport.timeout))
+            with transport._watch(what):
+                transport._call(what, self._work.wait, timedelta(seconds=transport.timeout))
         except BaseException as error:
-            transport.fail(f"{self._what} was left by {type(error).__name__}")
+            transport.fail(f"{what} was left by {type(error).__name__}")
             raise
+        self._record.finish()
         self._work = None
 
 
@@ -220,7 +228,7 @@ def torch_dist(group: Any = None, *, timeout: float | None = None, on_failure: s
     with gloo and the launcher's variables, and shut down at exit.
 
     timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300. A warning is
-    logged at 60 s of waiting for a header or collective.
+    logged at JOINTSPAR_WARN seconds, else 60, of waiting for a header or collective.
     on_failure: "abort" ends this process, non-zero, when an uncaught exception leaves it or a JointSparError one of its
     threads: torchrun then ends the other ranks, and without it they see the connection closed. "raise" leaves
     exceptions to the program. Either way an exit after a failed operation is at once and non-zero.

@@ -37,6 +37,7 @@ class ActiveBackward:
         self._trainable_before = self.trainable.copy()  # when the iteration under way began
         self._as_set = self.trainable.copy()
         self._fallback = len(parameters) - 1
+        self._is_reached = self.trainable.copy()  # whether the loss depends on it, as far as is known
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
         for parameter in parameters:
@@ -57,8 +58,9 @@ class ActiveBackward:
         changed = found != self._as_set
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
-        reached = (index for index in range(count - 1, -1, -1) if self._parameters[index].grad is not None)
-        self._fallback = next(reached, self._fallback)
+        has_grad = np.fromiter((parameter.grad is not None for parameter in self._parameters), dtype=bool, count=count)
+        self._is_reached[found] = has_grad[found]
+        self._fallback = int(np.flatnonzero(has_grad)[-1]) if has_grad.any() else self._fallback
 
     def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
         """Freeze or thaw parameters, active or not."""
@@ -67,11 +69,12 @@ class ActiveBackward:
     def activate(self, wanted: np.ndarray) -> None:
         """Let autograd compute the gradients of `wanted` parameters (bool [num_parameters]) and of no others.
 
-        Where nothing is wanted, the last trainable parameter that had a gradient stays differentiable, so that the
-        user's `loss.backward()` works; its gradient is discarded.
+        Where nothing is wanted, or only what got no gradient when it last could (a head that the loss leaves out), the
+        last trainable parameter that had a gradient stays differentiable, so that the user's `loss.backward()` works;
+        its gradient is discarded. Before the first gradients nothing is known of such heads.
         """
         flags = wanted & self.trainable
-        if not flags.any() and self.trainable.any():
+        if not (flags & self._is_reached).any() and self.trainable.any():
             fallback = self._fallback if self.trainable[self._fallback] else np.flatnonzero(self.trainable)[-1]
             flags[fallback] = True
         for index in np.flatnonzero(flags != self._as_set).tolist():

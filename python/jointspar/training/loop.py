@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +44,7 @@ from jointspar.training.records import (
 from jointspar.training.setup import SetupError, agree_on_start, check_warmup, make_optimizer, prepare_folder
 
 _EVALUATION_BATCH = 500
+_AVERAGED = ("loss_sum", "bytes_sent", "bytes_dense", "active_sum", "seconds")  # of the progress, by rank
 
 
 def train(config: TrainConfig) -> Summary:
@@ -48,7 +53,8 @@ def train(config: TrainConfig) -> Summary:
     Collective: every rank of `js.comm.world()` calls it with the same config; only rank 0 writes. Each epoch ends with
     batch-norm buffers averaged, an evaluation sharded over the ranks, and a checkpoint. The same config, world size and
     threads give the same weights, in one go or resumed.
-    Raises SetupError when data, flags or folders do not allow a start.
+    SIGTERM on any rank ends the run in order: all ranks finish the same step and write a checkpoint.
+    Raises SetupError when data, flags or folders do not allow a start, StoppedError on every rank after a SIGTERM.
     """
     try:
         comm = js.comm.world()
@@ -57,9 +63,14 @@ def train(config: TrainConfig) -> Summary:
     torch.set_num_threads(config.threads or threads_per_rank())
     run = _set_up(config, comm)
     try:
-        return run.fit()
+        with _stop_on_sigterm(run.optimizer):
+            return run.fit()
     finally:
         run.close()
+
+
+class StoppedError(Exception):
+    """The run ended in order before its last step, because it was asked to; its checkpoint is complete."""
 
 
 class Run:
@@ -97,6 +108,8 @@ class Run:
         self.display.line(self._headline())
         while self.progress.step < self.num_steps:
             self._train_epoch()
+            if self.optimizer.stop_requested and self.progress.step < self.num_steps:
+                self._stop()
             self._end_epoch()
         return self._finish()
 
@@ -118,7 +131,7 @@ class Run:
             self.progress.seconds += now - started
             started = now
             self._note_step(loss)
-            if self.progress.step >= self.num_steps:
+            if self.progress.step >= self.num_steps or self.optimizer.stop_requested:
                 break
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -156,7 +169,7 @@ class Run:
     def _end_epoch(self) -> None:
         """Average over ranks, evaluate, record, save."""
         progress = self.progress
-        self._average_over_ranks("loss_sum", "bytes_sent", "bytes_dense", "active_sum", "seconds")
+        self._average_over_ranks(*_AVERAGED)
         js.sync_buffers(self.model, comm=self.comm)
         progress.train_loss = progress.loss_sum / progress.batch
         progress.test_accuracy = self._evaluate()
@@ -167,12 +180,22 @@ class Run:
             record = self._epoch_record("epoch" if is_whole else "stop")
             self.metrics.write(record)
             self.display.line(epoch_line(record, self.config.epochs))
+        self._save()
+
+    def _stop(self) -> None:
+        """Save what an uninterrupted run has after this step, without the time that an evaluation takes."""
+        self._average_over_ranks(*_AVERAGED)
+        self._save()
+        self.optimizer.finish()
+        raise StoppedError(f"stopped by SIGTERM after step {self.progress.step}: continue it with --resume")
+
+    def _save(self) -> None:
         js.checkpoint.save(
             self.config.out / CHECKPOINT_FOLDER,
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            extra={"config": self.identity, "progress": vars(progress).copy()},
+            extra={"config": self.identity, "progress": vars(self.progress).copy()},
         )
 
     def _epoch_record(self, kind: str) -> dict[str, Any]:
@@ -273,6 +296,19 @@ class Run:
             skipped_steps=progress.skipped_steps,
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )
+
+
+@contextmanager
+def _stop_on_sigterm(optimizer: js.JointSparLARS | js.JointSparSGD) -> Iterator[None]:
+    """Only the main thread may handle signals; in another one SIGTERM keeps its meaning."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: optimizer.request_stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _totals(stats: Stats) -> tuple[int, int, int]:

@@ -74,6 +74,7 @@ def prepare_folder(config: TrainConfig) -> None:
         )
     if not config.resume and (has_checkpoint or (folder / SUMMARY_FILE).exists()):
         raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it is the sign that a run is complete
 
 
 def make_optimizer(config: TrainConfig, model: torch.nn.Module, comm: Transport) -> js.JointSparLARS | js.JointSparSGD:

@@ -1,0 +1,34 @@
+"""Ends the process where Python cannot any more, because something holds the GIL for ever.
+
+A transport's own deadline needs Python to run. The watchdog is a native thread of the extension: what it watches and
+does not see end in time, it reports and leaves the process by `_exit(1)`, so that the launcher ends the other ranks.
+Without the compiled extension there is no watchdog.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+_core: ModuleType | None
+try:
+    _core = importlib.import_module("jointspar_ext._core")
+except ImportError:  # the numba backend needs no compiled extension
+    _core = None
+
+GRACE_SECONDS = 10.0  # beyond a transport's own deadline, which comes first wherever Python runs
+
+
+@contextmanager
+def watched(seconds: float, message: str) -> Iterator[None]:
+    """End the process, with the message, where the block lasts longer than `seconds` and the grace."""
+    if _core is None:
+        yield
+        return
+    watch = _core.start_watch(seconds + GRACE_SECONDS, f"jointspar: {message}\n")
+    try:
+        yield
+    finally:
+        _core.end_watch(watch)
