@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,13 +146,18 @@ def test_the_last_operations_are_shown_and_written(run_ranks, tmp_path):
     assert all(operation["is_finished"] and operation["bytes"] == 12 for operation in written["operations"])
 
 
+def gloo_threads():
+    names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+    return [name for name in names if "gloo" in name]
+
+
 def count_threads():
-    before = len(os.listdir("/proc/self/task"))
     transport = launched()
     transport.allreduce(torch.ones(3), what="test")
+    assert gloo_threads()
     transport.close()
     torch.distributed.destroy_process_group()
-    assert len(os.listdir("/proc/self/task")) == before
+    assert gloo_threads() == []
 
 
 @pytest.mark.parametrize("launcher", ["torchrun"], indirect=True)
