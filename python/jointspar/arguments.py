@@ -128,6 +128,7 @@ def dtype_name(name: str, dtype: Any) -> str:
 def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
     """An uninitialised 1-D buffer in the array library of `grads`."""
     arrays = [grad for grad in grads if grad is not None]
+    sizes_of("grads", arrays)  # refuses what is no array
     if wire_dtype is None:
         wide = any(str(array.dtype).endswith("float64") for array in arrays)
         wire = "float64" if wide else "float32"
@@ -147,8 +148,9 @@ def check_packed_kind(name: str, packed: Any, wire_dtype: Any) -> None:
     """A 1-D array, of the wire dtype where one is asked for."""
     if not isinstance(packed, (torch.Tensor, np.ndarray)) and place_of(packed) is None:
         raise TypeError(f"{name}: expected a 1-D array, got {type(packed).__name__}")
-    if len(packed.shape) != 1:
-        raise ValueError(f"{name}: expected one dimension, got {len(packed.shape)}")
+    dimensions = packed.ndim if isinstance(packed, torch.Tensor) else len(packed.shape)  # a nested tensor has no shape
+    if dimensions != 1:
+        raise ValueError(f"{name}: expected one dimension, got {dimensions}")
     if wire_dtype is not None and str(packed.dtype).removeprefix("torch.") != dtype_name("wire_dtype", wire_dtype):
         raise ValueError(f"{name}: its dtype {packed.dtype} is not wire_dtype")
 
