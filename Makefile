@@ -3,12 +3,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 DEMO_OUT ?= runs/demo
 CPP_BUILD := build/cpp-tests
+MPICH_VENV ?= .venv-mpich
+FAULTS_SCALE ?= 1.0
+FUZZ_SECONDS ?= 60
+SANITIZE_BUILD := build/sanitize
+SANITIZED := ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1
+ASAN_RUNTIMES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) \
+    $(shell gcc -print-file-name=libstdc++.so)
+SANITIZE_TESTS := $(addprefix tests/unit/test_, pack_gradients.py unpack_gradients.py squared_norms.py lars_update.py \
+    sgd_update.py sample_layers.py project_probabilities.py update_probabilities.py malformed_calls.py) tests/fuzz
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python lint format bench test-gpu bench-gpu clean clean-all
+.PHONY: help demo test test-cpp test-python test-faults test-mutations test-sanitize fuzz test-gpu bench-gpu
+.PHONY: lint format bench clean clean-all
 .DEFAULT_GOAL := help
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -24,6 +34,10 @@ CPP_FILES = $(shell find csrc jointspar_ext tests bench -name '*.cpp' -o -name '
 help:
 	@echo "make demo     train with JointSpar-LARS on 2 MPI ranks, results in $(DEMO_OUT)"
 	@echo "make test     build, then run the C++ and the Python tests"
+	@echo "make test-faults     inject faults into jobs under Open MPI and MPICH (FAULTS_SCALE=0.1: a tenth of them)"
+	@echo "make test-mutations  take checks out, one by one, and see that tests notice"
+	@echo "make test-sanitize   C++ and operation tests under AddressSanitizer and UBSan"
+	@echo "make fuzz     random arguments, headers and files for FUZZ_SECONDS=60"
 	@echo "make lint     ruff, mypy, clang-format; changes nothing"
 	@echo "make format   rewrite the sources as lint wants them"
 	@echo "make bench    measure the operations, forward and backward (bench/README.md)"
@@ -70,6 +84,42 @@ test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== Python tests"
 	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
 
+# MPICH lives in an environment of its own, which sees the packages of the first one behind its own.
+$(MPICH_VENV)/.stamp: $(VENV)/.stamp-project
+	@echo "== $(MPICH_VENV): MPICH"
+	@$(VENV)/bin/python -m venv $(MPICH_VENV)
+	@$(MPICH_VENV)/bin/python -m pip install -qq -c constraints.txt mpi4py mpich
+	@$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
+	    "$$($(MPICH_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first-environment.pth"
+	@touch $@
+
+test-faults: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
+	@echo "== faults: checkpoints, Open MPI, MPICH; counts in tests/faults/REPORT.md"
+	@$(VENV)/bin/python tests/faults/checkpoints.py --scale $(FAULTS_SCALE) --out tests/faults
+	@$(VENV)/bin/python tests/faults/campaign.py --scale $(FAULTS_SCALE) --name "Open MPI" --out tests/faults
+	@if $(MAKE) $(MPICH_VENV)/.stamp; then PATH="$(abspath $(MPICH_VENV))/bin:$$PATH" $(MPICH_VENV)/bin/python \
+	    tests/faults/campaign.py --scale $(FAULTS_SCALE) --name MPICH --out tests/faults; \
+	  else echo "== faults: MPICH skipped, since it could not be installed"; fi
+
+test-mutations: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
+	@$(VENV)/bin/python tests/faults/mutations.py --out tests/faults
+
+# leaks are not looked for: the interpreter never frees all of its memory.
+test-sanitize: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
+	@echo "== C++ and operation tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DJOINTSPAR_SANITIZE=address,undefined \
+	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZE_BUILD))/jointspar_ext > /dev/null
+	@cmake --build $(SANITIZE_BUILD) -- --quiet
+	@cp jointspar_ext/__init__.py $(SANITIZE_BUILD)/jointspar_ext
+	@$(SANITIZED) ctest --test-dir $(SANITIZE_BUILD) --output-on-failure --no-tests=error | tail -n +2
+	@$(SANITIZED) LD_PRELOAD="$(ASAN_RUNTIMES)" PYTHONPATH=$(abspath $(SANITIZE_BUILD)) JOINTSPAR_BACKEND=native \
+	    $(VENV)/bin/python -m pytest -o pythonpath="$(SANITIZE_BUILD) python tests tests/fuzz" -p no:cacheprovider -q \
+	    $(SANITIZE_TESTS) -k "not numba and not reference" $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.stamp-project
+	@$(VENV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+
 lint: $(VENV)/.stamp-project $(VENV)/.stamp-extra-dev $(VENV)/.stamp-extra-test
 	@ruff check .
 	@ruff format --check --quiet .
@@ -98,4 +148,4 @@ clean:
 	@find python jointspar_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(MPICH_VENV)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,11 +36,12 @@ _ENVIRONMENT = {
 
 @dataclass
 class Finished:
-    """A job that ended by itself."""
+    """A job that is over."""
 
-    code: int
+    code: int | None  # None: it had to be ended from here
     output: str
     ended: float  # time.time()
+    orphans: int = 0  # processes that were there a second after the launcher had ended
 
     def seconds_after(self, mark: str) -> float:
         """From the moment when a rank printed "<mark> <time.time()>" to the end of the job."""
@@ -51,17 +53,37 @@ def find_mpirun() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
-def end_job(mark: str) -> None:
-    """Kill what a job left, known by its environment: launchers put ranks in groups and sessions of their own."""
+def end_job(mark: str) -> int:
+    """Kill what a job left, known by its environment: launchers put ranks in groups and sessions of their own.
+
+    Returns how many processes that were.
+    """
+    left = _processes(mark)
+    for process in left:
+        with suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+    return len(left)
+
+
+def _processes(mark: str) -> list[int]:
+    found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with suppress(OSError):  # ended meanwhile, or somebody else's
             if mark.encode() in environ.read_bytes():
-                os.kill(int(environ.parent.name), signal.SIGKILL)
-        except OSError:
-            continue  # ended meanwhile, or somebody else's
+                found.append(int(environ.parent.name))
+    return found
 
 
 def run_job(command: list[str], timeout: float, env: dict[str, str] | None = None) -> Finished:
+    """A job that must end by itself: fails the test where it does not."""
+    job = try_job(command, timeout, env)
+    if job.code is None:
+        pytest.fail(f"the job did not end within {timeout} s\n{job.output}")
+    return job
+
+
+def try_job(command: list[str], timeout: float, env: dict[str, str] | None = None) -> Finished:
+    """A job with an end, one way or the other."""
     paths = [str(_ROOT / "python"), str(_ROOT), str(_ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     mark = uuid.uuid4().hex
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
@@ -69,16 +91,20 @@ def run_job(command: list[str], timeout: float, env: dict[str, str] | None = Non
     job = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+    code, orphans = None, 0
     try:
         output, _ = job.communicate(timeout=timeout)
-        ended = time.time()
+        code, ended = job.returncode, time.time()
+        until = ended + 1.0
+        while _processes(mark) and time.time() < until:
+            time.sleep(0.02)
     except subprocess.TimeoutExpired:
+        ended = time.time()
         end_job(mark)
         output, _ = job.communicate()
-        pytest.fail(f"the job did not end within {timeout} s\n{output}")
     finally:
-        end_job(mark)
-    return Finished(job.returncode, output, ended)
+        orphans = end_job(mark)
+    return Finished(code, output, ended, orphans)
 
 
 def find_launcher(name: str) -> list[str]:
@@ -94,7 +120,12 @@ def find_launcher(name: str) -> list[str]:
     return [path, "-n"]
 
 
+def command_on_ranks(launcher: list[str], n: int, programs: list[str]) -> list[str]:
+    """The command that runs each "path:function" on n ranks, one after the other."""
+    return [*launcher, str(n), sys.executable, "-c", _RUN, *programs]
+
+
 def run_on_ranks(
     launcher: list[str], n: int, programs: list[str], timeout: float, env: dict[str, str] | None
 ) -> Finished:
-    return run_job([*launcher, str(n), sys.executable, "-c", _RUN, *programs], timeout, env)
+    return run_job(command_on_ranks(launcher, n, programs), timeout, env)

@@ -128,6 +128,7 @@ def dtype_name(name: str, dtype: Any) -> str:
 def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
     """An uninitialised 1-D buffer in the array library of `grads`."""
     arrays = [grad for grad in grads if grad is not None]
+    sizes_of("grads", arrays)  # refuses what is no array
     if wire_dtype is None:
         wide = any(str(array.dtype).endswith("float64") for array in arrays)
         wire = "float64" if wide else "float32"

@@ -29,6 +29,7 @@ from jointspar.plain_json import from_json, to_json
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _SHARED = "shared.safetensors"
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of content whose digests are right
 
 
 def save(
@@ -102,14 +103,13 @@ def load(
         raise CheckpointError(f"{folder}: is of another model (names or shapes of its tensors differ)")
     if scheduler is not None and manifest["scheduler"] is None:
         raise CheckpointError(f"{folder}: was saved without a scheduler")
-    state = {
-        "state": {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()},
-        "param_groups": from_json(manifest["param_groups"]),
-        "jointspar": _unflatten(own),
-    }
     try:
+        momenta = {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()}
+        groups, extra = from_json(manifest["param_groups"]), dict(from_json(manifest["extra"]))
+        state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
         optimizer.check_state_dict(state)
-    except ValueError as error:
+        torch.Generator().set_state(own["random_state"])
+    except _MALFORMED as error:
         raise CheckpointError(f"{folder}: {error}") from error
     with torch.no_grad():
         for name, tensor in expected.items():
@@ -118,7 +118,7 @@ def load(
     if scheduler is not None:
         scheduler.load_state_dict(from_json(manifest["scheduler"]))
     torch.set_rng_state(own["random_state"])
-    return dict(from_json(manifest["extra"]))
+    return extra
 
 
 def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -168,7 +168,7 @@ def _read(
                 raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
         shared = safetensors.torch.load_file(folder / _SHARED)
         return manifest, shared, safetensors.torch.load_file(folder / _rank_file(rank))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, *_MALFORMED) as error:
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
 
 

@@ -324,7 +324,7 @@ class JointSparLARS(_JointSparOptimizer):
             construction (well under a second). With three ranks or more the three round differently, so name one where
             separate runs must give the same bits; a resumed run keeps the measurement of its state.
         check_every: after so many steps the ranks compare digests of their weights, layer by layer, so that a bit that
-            flipped on one rank is a DesyncError; 0 for never. It reads every weight once, about a millisecond a MB.
+            flipped on one rank is a DesyncError; 0 for never. It reads every weight once, one to two milliseconds a MB.
 
     Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.

@@ -235,6 +235,8 @@ class Pipeline:
         self.distribution.check_state(state["distribution"])
         if state["lesson"] and len(state["lesson"]["drawn"]) != self.layers.num_layers:
             raise ValueError(f"state_dict: its lesson is of {len(state['lesson']['drawn'])} layers")
+        if state["lesson"]:
+            Lesson.from_state(state["lesson"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, once `check_state` has passed it. Collective: plans the step again."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jointspar.comm import local
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
-from jointspar.comm.heads import Op
+from jointspar.comm.heads import Op, leave
 from jointspar.errors import DesyncError, JointSparError
 
 
@@ -252,6 +252,29 @@ def test_steps_of_two_optimizers_in_different_order_are_refused():
         optimizers[transport.rank].go(Op.EXCHANGE, step=0)
 
     text = "rank 0: step 0 exchange of optimizer 1; rank 1: step 0 exchange of optimizer 2"
+    assert all(text in message for message in failures(2, program))
+
+
+def test_optimizers_of_different_sizes_meet_in_headers_of_one_size():
+    def program(transport):
+        optimizers = [agreement(transport, num_layers=size) for size in (200, 3)]
+        for agreed, size in zip(optimizers, (200, 3), strict=True):
+            agreed.post_plan(0, np.ones(size, dtype=bool))
+            assert agreed.wait_plan().all()
+        optimizers[transport.rank].go(Op.EXCHANGE, step=0)
+
+    text = "rank 0: step 0 exchange of optimizer 1; rank 1: step 0 exchange of optimizer 2"
+    assert all(text in message for message in failures(2, program))
+
+
+def test_a_rank_that_exits_meets_one_that_builds_an_optimizer_of_any_size():
+    def program(transport):
+        agreement(transport, num_layers=200, num_values=201).finish()
+        if transport.rank == 1:
+            leave(transport)
+        agreement(transport, num_layers=500)
+
+    text = "rank 0: construction of an optimizer; rank 1: exit of the process"
     assert all(text in message for message in failures(2, program))
 
 

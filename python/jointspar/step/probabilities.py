@@ -84,9 +84,15 @@ class LayerDistribution:
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a state of another number of layers."""
-        if len(state["probabilities"]) != self.probabilities.size:
-            raise ValueError(f"state has {len(state['probabilities'])} layers, not {self.probabilities.size}")
+        """Raises ValueError for a state of another number of layers, or with values that no distribution has."""
+        for name in ("probabilities", "norm_ema", "norm_count", "eligible"):
+            if name not in state or np.shape(state[name]) != self.probabilities.shape:
+                shape = np.shape(state.get(name, ()))
+                raise ValueError(f"state has {name} of shape {shape}, not of {self.probabilities.size} layers")
+        values = np.concatenate([np.asarray(state[name], dtype=np.float64) for name in ("probabilities", "norm_ema")])
+        bound = float(state["gradient_bound"])
+        if not (np.isfinite(values).all() and (values >= 0.0).all() and np.isfinite(bound) and bound >= 0.0):
+            raise ValueError("state has probabilities, norms or a bound that are negative or not finite")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`, once `check_state` has passed it."""

@@ -1,0 +1,162 @@
+"""Shows that tests can fail: takes out one check at a time, in a copy, and runs the test that watches over it.
+
+python tests/faults/mutations.py [--only 0 3] [--out tests/faults]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("python", "jointspar_ext", "tests")
+PACKAGE = "python/jointspar"
+
+
+class Mutation(NamedTuple):
+    """`old` becomes `new` in `file`; then `test` must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    Mutation(
+        "ranks' steps and operations are not compared",
+        f"{PACKAGE}/comm/heads.py",
+        "if (heads != heads[0]).any():",
+        "if False:",
+        "tests/unit/test_header.py::test_a_plan_that_meets_a_go_is_refused_on_both_sides",
+    ),
+    Mutation(
+        "layouts and settings are not compared at the start",
+        f"{PACKAGE}/comm/header.py",
+        "if (rows != rows[0]).any():",
+        "if False:",
+        "tests/unit/test_header.py::test_a_differing_setting_is_named_with_its_ranks",
+    ),
+    Mutation(
+        "header sizes depend on the optimizer",
+        f"{PACKAGE}/comm/heads.py",
+        "max(NUM_FIXED + num_words, _num_words.get(transport, 0))",
+        "NUM_FIXED + num_words",
+        "tests/unit/test_header.py::test_optimizers_of_different_sizes_meet_in_headers_of_one_size",
+    ),
+    Mutation(
+        "weight digests are not compared",
+        f"{PACKAGE}/pipeline.py",
+        "self._check_weights()\n        self.draw_next()",
+        "pass\n        self.draw_next()",
+        "tests/mpi/test_failures.py::test_a_flipped_weight_bit_is_found_and_named",
+    ),
+    Mutation(
+        "a process does not meet the others at exit",
+        f"{PACKAGE}/comm/process.py",
+        "self._meet_at_exit()\n",
+        "pass\n",
+        "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase",
+    ),
+    Mutation(
+        "an uncaught exception does not abort",
+        f"{PACKAGE}/comm/failure.py",
+        "sys.excepthook, threading.excepthook = hook, thread_hook",
+        "del hook, thread_hook",
+        "tests/mpi/test_transports.py::test_an_exception_on_one_rank_ends_the_job",
+    ),
+    Mutation(
+        "a wait has no deadline",
+        f"{PACKAGE}/comm/process.py",
+        "if waited > self.timeout:",
+        "if False:",
+        "tests/mpi/test_transports.py::test_a_stopped_rank_is_a_timeout_that_ends_the_job",
+    ),
+    Mutation(
+        "nobody watches a wait natively",
+        f"{PACKAGE}/comm/watchdog.py",
+        "if _core is None:",
+        "if True:",
+        "tests/mpi/test_failures.py::test_a_wait_ends_the_job_though_a_thread_holds_the_gil_for_ever",
+    ),
+    Mutation(
+        "a closed gloo group is still referred to",
+        f"{PACKAGE}/comm/torch_dist.py",
+        "del self._headers, self._payload",
+        "pass",
+        "tests/mpi/test_failures.py::test_closing_ends_the_threads_of_the_groups",
+    ),
+    Mutation(
+        "a checkpoint's SHA-256 is not compared",
+        f"{PACKAGE}/checkpoint.py",
+        "if _sha256(folder / name) != expected:",
+        "if False:",
+        "tests/unit/test_checkpoint.py::test_every_single_bit_flip_is_refused",
+    ),
+    Mutation(
+        "a manifest's digest is not compared",
+        f"{PACKAGE}/checkpoint.py",
+        'if _digest_of(manifest) != manifest["digest"]:',
+        "if False:",
+        "tests/unit/test_checkpoint.py::test_every_single_bit_flip_is_refused",
+    ),
+    Mutation(
+        "a step with a NaN is applied",
+        f"{PACKAGE}/pipeline.py",
+        "exchanged.is_finite = exchanged.has_finite_norms()\n        exchanged.lesson",
+        "exchanged.is_finite = True\n        exchanged.lesson",
+        "tests/mpi/test_training.py::test_two_ranks_compute_what_the_formulas_say_and_stay_together",
+    ),
+    Mutation(
+        "the plan is forgotten when a step raises",
+        f"{PACKAGE}/comm/header.py",
+        "        return self._plan\n",
+        "        plan, self._plan = self._plan, None\n        return plan\n",
+        "tests/unit/test_optimizers.py::test_a_step_that_was_refused_says_the_same_again_and_can_be_made_right",
+    ),
+)
+
+
+def outcome(mutation: Mutation) -> str:
+    """ "found" where the test fails with the mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        file = copy / mutation.file
+        source = file.read_text()
+        if source.count(mutation.old) != 1:
+            return f"not applied: {source.count(mutation.old)} places"
+        file.write_text(source.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(copy / "python"), str(copy)])}
+        code = subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False, timeout=900).returncode
+    return {0: "NOT FOUND", 1: "found"}.get(code, f"pytest ended with {code}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
+    parser.add_argument("--out", type=Path, help="folder of mutations.json")
+    options = parser.parse_args()
+    outcomes = {}
+    for number, mutation in enumerate(MUTATIONS):
+        if options.only is None or number in options.only:
+            outcomes[mutation.what] = {"test": mutation.test, "outcome": outcome(mutation)}
+            print(f"{number}: {mutation.what}: {outcomes[mutation.what]['outcome']}", flush=True)
+    if options.out:
+        (options.out / "mutations.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+    return int(any(entry["outcome"] != "found" for entry in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
