@@ -111,6 +111,8 @@ class LarsUpdate:
         Returns: float64 [num_slices], the norms that were used.
         """
         everything = np.concatenate([positions, idle])
+        if everything.size == 0:  # nobody drew a layer: there is nothing that says which device to use
+            return grads.new_zeros(0, dtype=torch.float64)
         parameters = [self._parameters[position] for position in everything.tolist()]
         values = hyper.read(everything)
         left_out = hyper.treated_as_vectors(everything)
@@ -127,10 +129,10 @@ class LarsUpdate:
             skip_nonfinite=skip_nonfinite,
             **values,
         )
-        self._norms[index] = torch.as_tensor(norms.param_norms_after, device=self._norms.device)
+        self._norms[index] = norms.param_norms_after
         self._versions[everything] = [parameter._version for parameter in parameters]
         self._pointers[everything] = [parameter.data_ptr() for parameter in parameters]
-        return torch.as_tensor(norms.grad_norms)[: positions.size]
+        return norms.grad_norms[: positions.size]
 
     def _carried(self, positions: np.ndarray, parameters: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
         """float64 [num_parameters]: what the last step measured, NaN where that may be out of date."""
@@ -164,6 +166,8 @@ class SgdUpdate:
     ) -> torch.Tensor:
         """As `LarsUpdate.apply`; grad_norms are not needed."""
         everything = np.concatenate([positions, idle])
+        if everything.size == 0:  # nobody drew a layer: there is nothing that says which device to use
+            return grads.new_zeros(0, dtype=torch.float64)
         parameters = [self._parameters[position] for position in everything.tolist()]
         norms = ops.sgd_update(
             parameters,
@@ -173,7 +177,7 @@ class SgdUpdate:
             skip_nonfinite=skip_nonfinite,
             **hyper.read(everything),
         )
-        return torch.as_tensor(norms)[: positions.size]
+        return norms[: positions.size]
 
 
 def slice_norms(packed: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
