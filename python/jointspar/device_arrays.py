@@ -39,7 +39,8 @@ def stream_of(place: Place, array: Array) -> int:
     """The cudaStream_t on which an operation on `array` belongs: its library's current stream on that device."""
     if place.library == "cupy":
         cupy = importlib.import_module("cupy")
-        return int(cupy.cuda.get_current_stream().ptr)
+        with cupy.cuda.Device(place.device):  # each device has a current stream of its own
+            return int(cupy.cuda.get_current_stream().ptr)
     if not isinstance(array, torch.Tensor):
         stream = getattr(array, "__cuda_array_interface__", {}).get("stream")
         if stream:  # 1 and 2 are CUDA's own names of the legacy and the per-thread default stream
@@ -57,7 +58,7 @@ def empty(place: Place, size: int, dtype: str) -> Array:
 
 
 def to_device(place: Place, values: np.ndarray) -> Array:
-    """A copy of a host vector; waits for nothing on the device but the copy."""
+    """A copy of a host vector; waits for the copy, and so for the work before it on the stream."""
     copy = empty(place, values.size, values.dtype.name)
     if place.library == "cupy":
         copy.set(values)

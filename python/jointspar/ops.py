@@ -8,7 +8,7 @@ naming the argument; nothing was written then.
 On CUDA arrays (torch, CuPy, or anything with DLPack or `__cuda_array_interface__`) an operation is put on the current
 stream of the arrays' library and returns at once: results are device arrays, and no value of a device array is looked
 at, so that NaN or out-of-range values in them raise nothing. Settings given as device arrays are copied to the host,
-which waits.
+and norms, probabilities or a bound given as host values to the device: both wait.
 """
 
 from __future__ import annotations
