@@ -14,6 +14,12 @@ struct Float16 {
     uint16_t bits;
 };
 
+// which ? yes : no. Compilers make branches of some ?: and then no vector code.
+JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE uint32_t select_bits(bool which, uint32_t yes, uint32_t no) {
+    const uint32_t mask = 0u - static_cast<uint32_t>(which);
+    return (yes & mask) | (no & ~mask);
+}
+
 JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE float to_float(BFloat16 value) {
     return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
@@ -27,7 +33,8 @@ JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE float to_float(Float16 value) {
     const float normal = bit_cast<float>((doubled >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
     // Subnormals: put the mantissa behind the exponent of 0.5, then take 0.5 off.
     const float subnormal = bit_cast<float>((doubled >> 17) | (126u << 23)) - 0.5f;
-    const uint32_t magnitude = bit_cast<uint32_t>(doubled < kSubnormalEnd ? subnormal : normal);
+    const uint32_t magnitude =
+        select_bits(doubled < kSubnormalEnd, bit_cast<uint32_t>(subnormal), bit_cast<uint32_t>(normal));
     return bit_cast<float>((word & kSign) | magnitude);
 }
 
@@ -36,7 +43,7 @@ JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE BFloat16 to_bfloat16(float value) {
     const uint32_t word = bit_cast<uint32_t>(value);
     const uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
     const bool is_nan = (word & 0x7FFFFFFFu) > 0x7F800000u;
-    return BFloat16{static_cast<uint16_t>(is_nan ? 0xFFFFu : rounded)};
+    return BFloat16{static_cast<uint16_t>(select_bits(is_nan, 0xFFFFu, rounded))};
 }
 
 // To nearest even. NaN stays NaN, quiet, with its sign and the upper bits of its payload, as the F16C instructions do.
@@ -47,11 +54,11 @@ JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE Float16 to_float16(float value) {
     // Adding a power of two chosen by the exponent makes the float adder round at the right bit; too large gives Inf.
     const float scaled = (bit_cast<float>(magnitude) * 0x1.0p+112f) * 0x1.0p-110f;
     const uint32_t exponent = (magnitude << 1) & 0xFF000000u;
-    const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
+    const uint32_t bias = select_bits(exponent < 0x71000000u, 0x71000000u, exponent);
     const uint32_t sum = bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + scaled);
     const uint32_t finite = ((sum >> 13) & 0x7C00u) + (sum & 0x0FFFu);
     const uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x03FFu);
-    return Float16{static_cast<uint16_t>(sign | (magnitude > 0x7F800000u ? nan : finite))};
+    return Float16{static_cast<uint16_t>(sign | select_bits(magnitude > 0x7F800000u, nan, finite))};
 }
 
 // convert<To>(from): the only conversion that kernels use. Through float unless both ends are float or double.

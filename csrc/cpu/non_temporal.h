@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "common/portable.h"
+#include "cpu/simd.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -72,37 +73,35 @@ JOINTSPAR_INLINE void stream_lines(void* target, const void* source, std::size_t
 #endif
 }
 
-// Writes target[0 .. size): fill(block, begin, count) computes elements [begin, begin + count) into block. Streaming
-// goes through a buffer in the first-level cache, so that kernels need no second, non-temporal form. It is aligned as
-// the target is, and only whole lines are streamed (a line written in part by plain and in part by streaming stores
-// costs more than it saves): what a block begins of a line waits in the buffer for the next block.
-template <class T, class Fill>
-JOINTSPAR_INLINE void write_blocks(T* target, int64_t size, bool streaming, Fill fill) {
+// How many of `size` elements lie before the first whole cache line of the target.
+template <class T>
+JOINTSPAR_INLINE int64_t elements_before_line(const T* target, int64_t size) {
+    const std::uintptr_t past_line = reinterpret_cast<std::uintptr_t>(target) % kLineBytes;
+    return past_line == 0 ? 0 : std::min(size, static_cast<int64_t>((kLineBytes - past_line) / sizeof(T)));
+}
+
+// Writes target[i] = value_of(i, lane) for i = 0 .. size - 1, `streaming` around the cache, in a shape that compilers
+// turn into vector code. Only whole lines are streamed: a line written in part by plain and in part by streaming stores
+// costs more than it saves. Returns how many elements came before the first of them, the shift of the lanes: element
+// i's is (i - shift) mod kLanes.
+template <int kLanes, class T, class Value>
+JOINTSPAR_INLINE int64_t write_values(T* __restrict target, int64_t size, bool streaming, Value value_of) {
+    static_assert(kLanes * sizeof(T) % kLineBytes == 0, "a group of lanes must fill whole lines");
     if (!streaming) {
-        fill(target, 0, size);
-        return;
+        for_each_lane<kLanes>(size,
+                              [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA { target[i] = value_of(i, lane); });
+        return 0;
     }
-    constexpr int64_t kLine = kLineBytes / sizeof(T);
-    constexpr int64_t kBlockSize = 1024;  // a multiple of the lanes: blocks do not disturb the lane of an element
-    const auto bytes_of = [](int64_t count) { return static_cast<std::size_t>(count) * sizeof(T); };
-    alignas(kLineBytes) T buffer[static_cast<std::size_t>(kBlockSize + kLine)];
-    // Elements of the target's first line that are not ours. Element i of the target is at i + offset in the buffer.
-    const auto offset = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(target) % kLineBytes / sizeof(T));
-    for (int64_t begin = 0; begin < size; begin += kBlockSize) {
-        const int64_t count = std::min(kBlockSize, size - begin);
-        const int64_t filled = offset + count;
-        fill(buffer + offset, begin, count);
-        T* const to = target + begin - offset;
-        int64_t done = 0;
-        if (begin == 0 && offset != 0) {
-            done = std::min(kLine, filled);
-            memcpy(to + offset, buffer + offset, bytes_of(done - offset));
-        }
-        const int64_t whole = std::max(done, filled / kLine * kLine);
-        stream_lines(to + done, buffer + done, bytes_of(whole - done));
-        const bool is_last = begin + count == size;
-        memcpy(is_last ? to + whole : buffer, buffer + whole, bytes_of(filled - whole));
+    const int64_t shift = elements_before_line(target, size);
+    for (int64_t i = 0; i < shift; ++i) target[i] = value_of(i, static_cast<int>(kLanes - shift + i));
+    int64_t begin = shift;
+    for (; begin + kLanes <= size; begin += kLanes) {
+        alignas(kLineBytes) T group[static_cast<std::size_t>(kLanes)];
+        for (int lane = 0; lane < kLanes; ++lane) group[lane] = value_of(begin + lane, lane);
+        stream_lines(target + begin, group, sizeof group);
     }
+    for (int lane = 0; begin + lane < size; ++lane) target[begin + lane] = value_of(begin + lane, lane);
+    return shift;
 }
 
 }  // namespace jointspar

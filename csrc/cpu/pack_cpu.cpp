@@ -25,16 +25,13 @@ JOINTSPAR_INLINE double pack_values(const Source* source, Packed* packed, const 
     using Product = accumulator_t<Source, Packed>;
     const Product scale = static_cast<Product>(chunk.scale);
     SquareLanes<Acc> squares;
-    write_blocks(packed, chunk.size, chunk.streaming,
-                 [&](Packed* __restrict block, int64_t begin, int64_t count) JOINTSPAR_INLINE_LAMBDA {
-                     const Source* values = source + begin;
-                     for_each_lane<SquareLanes<Acc>::kLanes>(count, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {
-                         const Acc value = convert<Acc>(values[i]);
-                         squares.lanes[lane] += value * value;
-                         block[i] = convert<Packed>(static_cast<Product>(value) * scale);
-                     });
-                 });
-    return checked_total(squares, source, chunk.size);
+    const int64_t shift = write_values<SquareLanes<Acc>::kLanes>(
+        packed, chunk.size, chunk.streaming, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {
+            const Acc value = convert<Acc>(source[i]);
+            squares.lanes[lane] += value * value;
+            return convert<Packed>(static_cast<Product>(value) * scale);
+        });
+    return checked_total(squares, source, chunk.size, shift);
 }
 
 // Returns the sum of squares of the source.

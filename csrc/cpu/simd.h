@@ -24,9 +24,12 @@ struct SquareLanes {
     static constexpr int kLanes = 32;
     Acc lanes[kLanes] = {};
 
-    JOINTSPAR_INLINE double total() const {
+    // Lane 0 of `shift` elements further on: for a kernel that began at element `shift` (non_temporal.h).
+    JOINTSPAR_INLINE double total(int64_t shift = 0) const {
         double sum = 0.0;
-        for (const Acc lane : lanes) sum += static_cast<double>(lane);
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            sum += static_cast<double>(lanes[(lane - shift) & (kLanes - 1)]);
+        }
         return sum;
     }
 };
@@ -52,10 +55,11 @@ JOINTSPAR_INLINE double sum_of_squares_in_double(const T* values, int64_t size) 
 }
 
 // The sum of squares of `values`, given the lanes that a kernel accumulated on its way. Float lanes that overflowed or
-// underflowed are summed again in double: NaN and Inf then come from the data alone.
+// underflowed are summed again in double: NaN and Inf then come from the data alone. `shift` is total's.
 template <class T, class Acc>
-JOINTSPAR_INLINE double checked_total(const SquareLanes<Acc>& squares, const T* values, int64_t size) {
-    const double sum = squares.total();
+JOINTSPAR_INLINE double checked_total(const SquareLanes<Acc>& squares, const T* values, int64_t size,
+                                      int64_t shift = 0) {
+    const double sum = squares.total(shift);
     if (sizeof(Acc) == sizeof(double) || is_trusted_sum(sum)) return sum;
     return sum_of_squares_in_double(values, size);
 }

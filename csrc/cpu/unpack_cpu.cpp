@@ -27,17 +27,15 @@ JOINTSPAR_INLINE void add_values(const Packed* __restrict packed, Target* __rest
 }
 
 template <class Packed, class Target>
-JOINTSPAR_INLINE void copy_values(const Packed* packed, Target* target, int64_t size, bool streaming) {
+JOINTSPAR_INLINE void copy_values(const Packed* __restrict packed, Target* target, int64_t size, bool streaming) {
     if (std::is_same_v<Packed, Target> && streaming) {
         copy_non_temporal(reinterpret_cast<std::byte*>(target), reinterpret_cast<const std::byte*>(packed),
                           static_cast<std::size_t>(size) * sizeof(Target));
         return;
     }
-    write_blocks(target, size, streaming,
-                 [&](Target* __restrict block, int64_t begin, int64_t count) JOINTSPAR_INLINE_LAMBDA {
-                     const Packed* values = packed + begin;
-                     for (int64_t i = 0; i < count; ++i) block[i] = convert<Target>(values[i]);
-                 });
+    constexpr int kGroup = 32;
+    write_values<kGroup>(target, size, streaming,
+                         [&](int64_t i, int) JOINTSPAR_INLINE_LAMBDA { return convert<Target>(packed[i]); });
 }
 
 JOINTSPAR_SIMD_CLONES void unpack_chunk(const UnpackChunk& chunk) {

@@ -36,7 +36,7 @@ JOINTSPAR_INLINE UpdateSums update_values(Param* __restrict params, const Grad* 
         momentum_step<kNesterov>(param, momentum_buffer, static_cast<Acc>(grad), factors);
         momenta[i] = momentum_buffer;
         params[i] = convert<Param>(param);
-        param = convert<Acc>(params[i]);
+        param = convert<Acc>(convert<Param>(param));  // not params[i]: 16-bit types would not become vector code
         param_squares.lanes[lane] += param * param;
     });
     return {checked_total(param_squares, params, chunk.size), checked_total(grad_squares, grads, chunk.size)};

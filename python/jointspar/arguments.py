@@ -49,14 +49,15 @@ def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarr
     """float64 [length] from one number or one a tensor; finite and at least `low`."""
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
         try:
-            array = np.full(length, float(value))
+            number = float(value)
         except OverflowError:
             raise ValueError(f"{name}: too large for a float") from None
-    elif isinstance(value, torch.Tensor) and value.ndim == 0:
-        array = np.full(length, vector(name, value.reshape(1))[0])
+        fits, array = math.isfinite(number) and number >= low, np.full(length, number)
     else:
-        array = vector(name, value, length)
-    if not np.isfinite(array).all() or (array < low).any():
+        one = isinstance(value, torch.Tensor) and value.ndim == 0
+        array = np.full(length, vector(name, value.reshape(1))[0]) if one else vector(name, value, length)
+        fits = np.isfinite(array).all() and not (array < low).any()
+    if not fits:
         raise ValueError(f"{name}: must be finite" + (f" and at least {low}" if np.isfinite(low) else ""))
     return array
 
@@ -206,9 +207,11 @@ def _copy_on_device(name: str, out: Any, values: Any) -> Any:
 
 def increment_versions(arrays: Iterable[Any]) -> None:
     """Tell autograd that tensors were written, as an in-place torch operation would."""
-    tensors = [array for array in arrays if isinstance(array, torch.Tensor) and not array.is_inference()]
-    if tensors:
+    tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
+    try:
         torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors count no versions; asking each of them beforehand takes longer
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _host_array(name: str, value: Any) -> np.ndarray:
