@@ -4,6 +4,7 @@ VENV   ?= .venv
 DEMO_OUT ?= runs/demo
 CPP_BUILD := build/cpp-tests
 MPICH_VENV ?= .venv-mpich
+PYTEST_WORKERS ?= 2
 FAULTS_SCALE ?= 1.0
 FUZZ_SECONDS ?= 60
 SANITIZE_BUILD := build/sanitize
@@ -82,7 +83,7 @@ test-cpp: $(VENV)/.stamp-project
 
 test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== Python tests"
-	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # MPICH lives in an environment of its own, which sees the packages of the first one behind its own.
 $(MPICH_VENV)/.stamp: $(VENV)/.stamp-project
