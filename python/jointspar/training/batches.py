@@ -111,7 +111,7 @@ def evaluation_batches(test: Split, rank: int, world_size: int) -> Generator[Bat
 def shuffled(samples: Iterator[Sample], random: np.random.Generator, size: int) -> Iterator[Sample]:
     """All samples, each in a random place of a buffer of that size until another takes the place."""
     buffer = list(islice(samples, size))
-    random.shuffle(buffer)  # type: ignore[arg-type]
+    random.shuffle(buffer)
     for sample in samples:
         place = int(random.integers(len(buffer)))
         buffer[place], sample = sample, buffer[place]

@@ -26,6 +26,7 @@ MAX_PICTURE_BYTES = 1 << 26  # of a compressed picture
 _MAX_PIXELS = (1 << 30) // 4 // 3  # where Pillow begins to warn; a small file must not fill the memory
 _CROP_AREA = (0.08, 1.0)  # of the picture
 _CROP_ASPECT = (3 / 4, 4 / 3)
+_CROP_LOG_ASPECT = (math.log(_CROP_ASPECT[0]), math.log(_CROP_ASPECT[1]))
 _CROP_ATTEMPTS = 10
 
 
@@ -82,7 +83,7 @@ def random_window(width: int, height: int, random: np.random.Generator) -> tuple
     """
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * random.uniform(*_CROP_AREA)
-        aspect = math.exp(random.uniform(*map(math.log, _CROP_ASPECT)))
+        aspect = math.exp(random.uniform(*_CROP_LOG_ASPECT))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))

@@ -136,7 +136,7 @@ def read_shard(path: Path, num_classes: int, *, with_pictures: bool = True) -> I
 def _members(path: Path) -> Iterator[_Member]:
     with tarfile.open(path, "r:") as archive:  # "r:" is uncompressed: no decompression bomb
         while (info := archive.next()) is not None:
-            archive.members.clear()  # else it keeps every header
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
             if info.isdir():
                 continue
             if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
