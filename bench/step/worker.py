@@ -96,6 +96,7 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
     """Means over iterations of the slowest rank's phases in ms, and of the bytes per rank and iteration.
 
     sent_bytes: as the transport counts them; None for peers. interface_bytes: as the interface does, headers included.
+    exchange: that of the last iteration.
     """
     ranks = method.setting.ranks
     for _ in range(WARM_UP):
@@ -120,6 +121,7 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
         "phases": dict(zip(PHASES, slowest.tolist(), strict=True)),
         "sent_bytes": None if np.isnan(sent_bytes) else float(sent_bytes),
         "interface_bytes": float(interface_bytes),
+        "exchange": method.exchange,
     }
 
 
