@@ -2,6 +2,8 @@
 
 import os
 import runpy
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -171,7 +173,7 @@ def test_done_lets_the_sender_run():
 
 
 def test_an_exception_on_one_rank_ends_the_others_at_their_next_operation():
-    reached, errors = [], {}
+    reached, errors, num_threads = [], {}, threading.active_count()
 
     def use(transport):
         for step in range(5):
@@ -192,7 +194,24 @@ def test_an_exception_on_one_rank_ends_the_others_at_their_next_operation():
     assert errors.keys() == {0, 2}
     assert all("rank 1 ended with ZeroDivisionError: the fault" in text for text in errors.values())
     assert max(reached) == (2, 2)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("jointspar")]
+    assert threading.active_count() == num_threads
+
+
+def test_after_a_failure_no_rank_starts_what_would_be_in_vain():
+    computed = []
+
+    def use(transport):
+        for step in range(5):
+            header(transport, step)
+            if step == 2 and transport.rank == 1:
+                raise ZeroDivisionError("the fault")
+            plan = transport.start_headers(np.zeros(1, dtype=np.int64), what="plan")
+            computed.append((step, transport.rank))
+            plan.wait()
+
+    with pytest.raises(ZeroDivisionError):
+        run_simulated(3, use)
+    assert computed[6:] == [(2, 0)]  # rank 2 was to come after rank 1
 
 
 @pytest.mark.parametrize("place", ["exchange", "broadcast", "message"])
@@ -268,6 +287,23 @@ def test_an_interrupt_ends_all_ranks():
 
     with pytest.raises(KeyboardInterrupt):
         run_simulated(3, use)
+
+
+def test_an_optimizer_that_was_not_finished_is_not_waited_for_at_exit():
+    program = """
+import torch, jointspar as js
+kept = []
+def use(transport):
+    model = torch.nn.Linear(4, 4)
+    kept.append(js.JointSparSGD(model.named_parameters()))
+js.comm.run_simulated(3, use)
+print("done", flush=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
 def test_a_world_without_ranks_is_refused():

@@ -257,12 +257,14 @@ def run_simulated(world_size: int, function: Callable[[SimulatedTransport], Resu
     threads = [threading.Thread(target=run_in_thread, args=(transport,), daemon=True) for transport in transports[1:]]
     for thread in threads:
         thread.start()
-    random_state_after = run(transports[0])
-    for thread in threads:
-        thread.join()
+    try:
+        random_state_after = run(transports[0])
+        for thread in threads:
+            thread.join()
+    finally:
+        for transport in transports:
+            transport._mark_closed()  # nothing of it is waited for at exit
     torch.set_rng_state(random_state_after)
-    for transport in transports:
-        transport._mark_closed()
     if world.errors:
         raise world.errors[0][1]
     return [results[rank] for rank in range(world_size)]

@@ -45,7 +45,7 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
         return {name: ways[name]}
     if transport.world_size == 1:
         return {"ring": ways["ring"]}
-    if transport.is_simulated and can_sum:
+    if transport.is_simulated:
         return {"allreduce": ways["allreduce"]}
     return {
         way: exchange
