@@ -52,9 +52,7 @@ class _World:
             error.add_note(f"on simulated rank {rank}")
 
     def fault(self) -> str:
-        """The rank that failed first, in words; empty while none has."""
-        if not self.errors:
-            return ""
+        """The rank that failed first, in words."""
         rank, error = self.errors[0]
         return f"rank {rank} ended with {type(error).__name__}: {error}"
 
@@ -108,7 +106,7 @@ class SimulatedTransport(CheckedTransport):
         self._check_rank(rank, "rank")
         self._world.mailboxes[self.rank, rank].put(memory.copy())
         self.bytes_sent += memory.nbytes
-        return _Message(self, what, is_over=None)
+        return _Message(self, what)
 
     def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
         memory = self._memory(buffer, what)
@@ -122,7 +120,7 @@ class SimulatedTransport(CheckedTransport):
                 raise self._failed(f"{what}: rank {rank} sent {message.size} bytes, not {memory.size}")
             memory[:] = message
 
-        return _Message(self, what, is_over=lambda: mailbox.holds(number), take=take)
+        return _Message(self, what, has_come=lambda: mailbox.holds(number), take=take)
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         memory = self._memory(buffer, what)
@@ -188,25 +186,27 @@ class _Message:
         self,
         transport: SimulatedTransport,
         what: str,
-        is_over: Callable[[], bool] | None,
+        has_come: Callable[[], bool] = lambda: True,
         take: Callable[[], None] = lambda: None,
     ) -> None:
         self._transport, self._what = transport, what
-        self._is_over, self._take = is_over, take
+        self._has_come, self._take = has_come, take
+        self._is_done = False
 
     def done(self) -> bool:
-        if self._is_over is not None and not self._is_over():
-            self._transport._wait(lambda: True, self._what)  # a turn for the others
-        if self._is_over is not None and self._is_over():
-            self.wait()
-        return self._is_over is None
+        if not self._is_done:
+            if not self._has_come():
+                self._transport._wait(lambda: True, self._what)  # a turn for the others
+            if self._has_come():
+                self.wait()
+        return self._is_done
 
     def wait(self) -> None:
-        if self._is_over is None:
+        if self._is_done:
             return
-        if not self._is_over():
-            self._transport._wait(self._is_over, self._what)
-        self._is_over = None
+        if not self._has_come():
+            self._transport._wait(self._has_come, self._what)
+        self._is_done = True
         self._take()
 
 
@@ -235,30 +235,17 @@ def run_simulated(world_size: int, function: Callable[[SimulatedTransport], Resu
     results: dict[int, Result] = {}
     num_threads, random_state = torch.get_num_threads(), torch.get_rng_state()
 
-    def run(transport: SimulatedTransport) -> torch.Tensor:
-        before, _this_thread.transport = current_rank(), transport
-        try:
-            results[transport.rank] = function(transport)
-            if not transport.is_closed:
-                leave(transport)
-        except BaseException as error:
-            world.note(transport.rank, error)
-        _this_thread.transport = before
-        random_state = torch.get_rng_state()
-        world.turns.end(transport.rank)
-        return random_state
-
-    def run_in_thread(transport: SimulatedTransport) -> None:
+    def run_on_thread(transport: SimulatedTransport) -> None:
         world.turns.begin(transport.rank)
         torch.set_num_threads(num_threads)  # OpenMP counts them for each calling thread
         torch.set_rng_state(random_state)
-        run(transport)
+        _run_rank(transport, function, results)
 
-    threads = [threading.Thread(target=run_in_thread, args=(transport,), daemon=True) for transport in transports[1:]]
+    threads = [threading.Thread(target=run_on_thread, args=(transport,), daemon=True) for transport in transports[1:]]
     for thread in threads:
         thread.start()
     try:
-        random_state_after = run(transports[0])
+        random_state_after = _run_rank(transports[0], function, results)
         for thread in threads:
             thread.join()
     finally:
@@ -268,6 +255,23 @@ def run_simulated(world_size: int, function: Callable[[SimulatedTransport], Resu
     if world.errors:
         raise world.errors[0][1]
     return [results[rank] for rank in range(world_size)]
+
+
+def _run_rank(
+    transport: SimulatedTransport, function: Callable[[SimulatedTransport], Result], results: dict[int, Result]
+) -> torch.Tensor:
+    """One rank from its first turn to its last; returns its random state then."""
+    before, _this_thread.transport = current_rank(), transport
+    try:
+        results[transport.rank] = function(transport)
+        if not transport.is_closed:
+            leave(transport)
+    except BaseException as error:
+        transport._world.note(transport.rank, error)
+    _this_thread.transport = before
+    random_state = torch.get_rng_state()
+    transport._world.turns.end(transport.rank)
+    return random_state
 
 
 def current_rank() -> SimulatedTransport | None:
