@@ -115,6 +115,13 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--threads", type=int, help="torch threads per rank (default OMP_NUM_THREADS, else its share of the cores)"
     )
+    run.add_argument(
+        "--simulate-workers",
+        type=int,
+        metavar="M",
+        help="play M ranks in this one process, one after the other, without a launcher: the same statistics, not the "
+        "times, of M machines",
+    )
     run.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     run.add_argument(
         "--log-every", type=int, metavar="N", help="steps between two step lines in metrics.jsonl (default 10)"

@@ -109,6 +109,13 @@ MUTATIONS = (
         "tests/unit/test_checkpoint.py::test_every_single_bit_flip_is_refused",
     ),
     Mutation(
+        "simulated ranks go on after one has failed",
+        f"{PACKAGE}/comm/simulated.py",
+        "if self._world.errors:",
+        "if False:",
+        "tests/unit/test_simulated.py::test_after_a_failure_no_rank_starts_what_would_be_in_vain",
+    ),
+    Mutation(
         "a step with a NaN is applied",
         f"{PACKAGE}/pipeline.py",
         "exchanged.is_finite = exchanged.has_finite_norms()\n        exchanged.lesson",

@@ -17,6 +17,7 @@ class Ranks:
 
     name = "mpi: some"
     world_size = 2
+    is_simulated = False
 
     def __init__(self, can_sum=(torch.float32,), slower=1):
         self.can_sum, self.slower = can_sum, slower

@@ -7,12 +7,13 @@ import sys
 
 from jointspar.comm.local import local
 from jointspar.comm.mpi import library_version, load_mpi, mpi
+from jointspar.comm.simulated import current_rank, run_simulated
 from jointspar.comm.torch_dist import is_running as is_torch_dist_running
 from jointspar.comm.torch_dist import torch_dist
 from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 
-__all__ = ["local", "mpi", "torch_dist", "world"]
+__all__ = ["local", "mpi", "run_simulated", "torch_dist", "world"]
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # PMIx alone tells no size
@@ -24,14 +25,18 @@ _world: Transport | None = None
 def world() -> Transport:
     """The transport of the launcher at hand: MPI under mpirun or srun, gloo under torchrun, else a single process.
 
-    The same object on every call until it is closed, so that it may stand as a default argument. A torchrun that was
-    itself started by mpirun or srun, one a node, counts. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand, or
-    torch.distributed initialised by the program, do as torchrun does, unless an MPI launcher is there. A plain single
-    process, or a launcher that says 1 rank, imports no MPI and starts no group. Raises JointSparError when the launcher
-    started several ranks but mpi4py is missing or belongs to another MPI than the launcher, or WORLD_SIZE speaks of
-    several ranks without the rest (each rank would then train alone).
+    The same object on every call until it is closed, so that it may stand as a default argument; inside `run_simulated`
+    that of the simulated rank. A torchrun that was itself started by mpirun or srun, one a node, counts. RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand, or torch.distributed initialised by the program, do as torchrun
+    does, unless an MPI launcher is there. A plain single process, or a launcher that says 1 rank, imports no MPI and
+    starts no group. Raises JointSparError when the launcher started several ranks but mpi4py is missing or belongs to
+    another MPI than the launcher, or WORLD_SIZE speaks of several ranks without the rest (each rank would then train
+    alone).
     """
     global _world
+    rank = current_rank()
+    if rank is not None and not rank.is_closed:
+        return rank
     if _world is None or _world.is_closed:
         _world = _make_world()
     return _world

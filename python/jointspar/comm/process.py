@@ -1,4 +1,4 @@
-"""What the transports of several processes share: refusals, deadlines, and exits that no other rank waits for."""
+"""What the transports of several processes share: deadlines, and exits that no other rank waits for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import sys
 import time
 from contextlib import AbstractContextManager
 
-import numpy as np
-import torch
-
 from jointspar.comm.failure import abort_on_uncaught
 from jointspar.comm.heads import leave
 from jointspar.comm.recorder import Recorder
-from jointspar.comm.transport import PEER_GRACE_SECONDS, as_bytes, check_buffer
+from jointspar.comm.refusals import CheckedTransport
+from jointspar.comm.transport import PEER_GRACE_SECONDS
 from jointspar.comm.watchdog import watched
 from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError
 
@@ -25,36 +23,20 @@ _ABORT_SECONDS = 5.0  # for an abort, before the watchdog ends the process witho
 _logger = logging.getLogger("jointspar")
 
 
-class ProcessTransport:
-    """The part of a `Transport` that does not depend on who carries the messages.
+class ProcessTransport(CheckedTransport):
+    """The part of a `Transport` between processes that does not depend on who carries the messages.
 
-    library: in errors, "MPI". After a failed operation nothing is known about what is still under way, so all further
-    use is refused and the process ends at exit instead of finalising the library, which would wait for ever.
+    After a failed operation nothing is known about what is still under way, so all further use is refused and the
+    process ends at exit instead of finalising the library, which would wait for ever.
     """
 
     def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float, on_failure: str) -> None:
-        self.name, self.rank, self.world_size = name, rank, world_size
-        self.timeout = timeout
-        self.bytes_sent = 0
+        super().__init__(library=library, name=name, rank=rank, world_size=world_size, timeout=timeout)
         self.recorder = Recorder(rank)
         self._warn_seconds = seconds_from_environment("JOINTSPAR_WARN", 60.0)
-        self._library = library
-        self._is_closed = False
-        self._failure: str | None = None
-        self._pid = os.getpid()
         atexit.register(self._leave)
         if on_failure == "abort" and world_size > 1:
             abort_on_uncaught(self)  # type: ignore[arg-type]  # before the first operation that could fail
-
-    def agree_on_cuda(self) -> bool:
-        return False
-
-    @property
-    def is_closed(self) -> bool:
-        return self._is_closed or self._is_shut_down()
-
-    def fail(self, reason: str) -> None:
-        self._failure = self._failure or reason
 
     def abort(self, message: str) -> None:
         with watched(_ABORT_SECONDS, f"rank {self.rank} leaves by _exit: its abort did not end"):
@@ -76,8 +58,7 @@ class ProcessTransport:
         """Let go of what the library made for this transport, while the interpreter is whole."""
 
     def _mark_closed(self) -> None:
-        self._is_closed = True
-        self.fail("the transport is closed")
+        super()._mark_closed()
         atexit.unregister(self._leave)
 
     def _watch(self, what: str) -> AbstractContextManager[None]:
@@ -101,26 +82,6 @@ class ProcessTransport:
         reason = f"{what}: no answer from the other ranks for {waited:.1f} s"
         self.fail(reason)
         return CollectiveTimeout(f"rank {self.rank}: {reason}")
-
-    def _memory(self, buffer: torch.Tensor, what: str) -> np.ndarray:
-        """The bytes of host memory that the library may touch."""
-        self._check_usable(what)
-        check_buffer(buffer)
-        if buffer.device.type != "cpu":
-            raise TypeError(f"{what}: only CPU tensors go to {self._library}, not one on {buffer.device}")
-        return as_bytes(buffer)
-
-    def _check_usable(self, what: str) -> None:
-        if self._failure is not None:
-            raise JointSparError(f"rank {self.rank}: {what}: the transport cannot be used any more: {self._failure}")
-        if self._is_shut_down():
-            raise JointSparError(f"{what}: {self._library} was shut down")
-        if os.getpid() != self._pid:
-            raise JointSparError(f"{what}: a forked process cannot use its parent's {self._library}")
-
-    def _check_rank(self, rank: int, argument: str) -> None:
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"{argument} must be in 0 .. {self.world_size - 1}, not {rank}")
 
     def _leave(self) -> None:
         """At exit: meet the other ranks, so that one that leaves early is noticed, then let go of everything."""

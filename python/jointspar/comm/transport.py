@@ -1,4 +1,4 @@
-"""What a transport offers: the one interface behind which MPI, torch.distributed and a single process stand."""
+"""What a transport offers: one interface for MPI, torch.distributed, simulated ranks and a single process."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Transport(Protocol):
     world_size: int
     timeout: float  # seconds that one wait may last
     bytes_sent: int  # grows by what this rank hands over for sending, headers included
+    is_simulated: bool  # nothing travels, so its times say nothing of a network
 
     @property
     def is_closed(self) -> bool:

@@ -45,7 +45,7 @@ DEFAULT_TRUST_COEFFICIENT = 0.02  # of the LARS methods
 SAMPLING_FIELDS = ("budget", "strategy", "draw", "distribution", "bandit_lr", "p_min", "lag", "grouping")
 SPARSE_FIELDS = (*SAMPLING_FIELDS, "inactive")
 # Fields that may change between a run and its continuation; all others decide what is learned.
-FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs")
+FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs", "simulate_workers")
 
 # What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -63,6 +63,7 @@ class TrainConfig:
     budget: int = expected number of active layers, float <= 1 = fraction of the layers. batch_size: per rank.
     base_lr: rate per 256 samples of the global batch; lr: the rate after warm-up itself. Give one of them.
     max_steps: stop early after so many steps, the schedule unchanged. threads: torch threads of this rank.
+    simulate_workers: ranks that this one process plays in turn; None: the launcher's, or one.
     A field that the method does not use is an error. Raises ValueError naming the flag.
     """
 
@@ -97,6 +98,7 @@ class TrainConfig:
     resume: bool = False
     log_every: int = 10
     max_steps: int | None = None
+    simulate_workers: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("--dataset", self.dataset, DATASETS)
@@ -117,7 +119,7 @@ class TrainConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("epochs", "batch_size", "threads", "log_every", "max_steps"):
+        for name in ("epochs", "batch_size", "threads", "log_every", "max_steps", "simulate_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {value}")

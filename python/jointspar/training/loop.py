@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -53,7 +54,7 @@ def train(config: TrainConfig) -> Summary:
 
     Collective: every rank of `js.comm.world()` calls it with the same config; only rank 0 writes. Each epoch ends with
     batch-norm buffers averaged, an evaluation sharded over the ranks, and a checkpoint. The same config, world size and
-    threads give the same weights, in one go or resumed.
+    threads give the same weights, in one go or resumed. With config.simulate_workers this process plays all ranks.
     SIGTERM on any rank ends the run in order: all ranks finish the same step and write a checkpoint.
     Raises SetupError when data, flags or folders do not allow a start, StoppedError on every rank after a SIGTERM.
     """
@@ -62,7 +63,21 @@ def train(config: TrainConfig) -> Summary:
     except js.errors.JointSparError as error:
         raise SetupError(str(error), is_speaker=launcher_rank() == 0) from error
     torch.set_num_threads(config.threads or threads_per_rank())
-    run = _set_up(config, comm)
+    if config.simulate_workers is None:
+        return _train_on(comm, config, load_dataset)
+    if comm.world_size > 1:
+        raise SetupError(
+            f"--simulate-workers does not act under a launcher, which started {comm.world_size} ranks: leave it out, "
+            "or start one process",
+            is_speaker=comm.rank == 0,
+        )
+    load_once = functools.cache(load_dataset)  # the ranks read the same memory
+    return js.comm.run_simulated(config.simulate_workers, lambda rank: _train_on(rank, config, load_once))[0]
+
+
+def _train_on(comm: Transport, config: TrainConfig, load: Callable[..., Dataset]) -> Summary:
+    """What one rank does, from its set-up to the end."""
+    run = _set_up(config, comm, load)
     try:
         with _stop_on_sigterm(run.optimizer):
             return run.fit()
@@ -208,6 +223,8 @@ class Run:
             "train_loss": progress.train_loss,
             "test_accuracy": progress.test_accuracy,
             **self._state(),
+            "world_size": self.comm.world_size,
+            "simulated": self.comm.is_simulated,
             "active_fraction": progress.active_sum / progress.step,
             "phase_ms": {name: ms / self.phase_steps for name, ms in self.phase_ms.items()},
         }
@@ -258,9 +275,10 @@ class Run:
     def _headline(self) -> str:
         config, comm = self.config, self.comm
         layers = self.optimizer.layers
+        ranks = f"{comm.world_size} {'simulated workers' if comm.is_simulated else 'rank(s)'}"
         return (
             f"{config.method} on {config.dataset}: {config.model}, {sum(p.numel() for p in self.model.parameters()):,} "
-            f"parameters in {len(layers)} sampled layers; {comm.world_size} rank(s) x {config.batch_size} samples, "
+            f"parameters in {len(layers)} sampled layers; {ranks} x {config.batch_size} samples, "
             f"{len(self.batches)} steps an epoch, {torch.get_num_threads()} thread(s) a rank, {comm.name}"
         )
 
@@ -295,6 +313,7 @@ class Run:
             strategy=sampling.strategy if method.is_sparse else None,
             epochs=config.epochs,
             skipped_steps=progress.skipped_steps,
+            simulated=self.comm.is_simulated,
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )
 
@@ -316,12 +335,12 @@ def _totals(stats: Stats) -> tuple[int, int, int]:
     return stats.total_sent_bytes, stats.total_dense_bytes, stats.skipped_steps
 
 
-def _set_up(config: TrainConfig, comm: Transport) -> Run:
+def _set_up(config: TrainConfig, comm: Transport, load: Callable[..., Dataset]) -> Run:
     """Read the data and prepare the folder, agree that every rank could, then build the run."""
     error = None
     run = config.identity()
     try:
-        dataset = load_dataset(config.dataset, config.data_dir)
+        dataset = load(config.dataset, config.data_dir)
         batches = training_batches(dataset.train, config.batch_size, comm.rank, comm.world_size, config.seed)
         check_warmup(config, comm.world_size)
         run |= {"images": [len(dataset.train), len(dataset.test)], "samples": dataset.train.fingerprint}

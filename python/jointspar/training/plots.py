@@ -80,7 +80,7 @@ _STYLE: Any = {
 
 def _title(summary: Summary) -> str:
     budget = "" if summary.budget is None else f" at budget {summary.budget} ({summary.strategy})"
-    ranks = f"{summary.world_size} rank" + ("s" if summary.world_size > 1 else "")
+    ranks = f"{summary.world_size} {'simulated ' * summary.simulated}rank" + ("s" if summary.world_size > 1 else "")
     sent = f", {readable_bytes(summary.bytes_sent)} sent per rank" if summary.world_size > 1 else ""
     return (
         f"{summary.method}{budget} · {summary.model} on {summary.dataset} · {ranks}\n"

@@ -21,7 +21,7 @@ class Summary:
     test_accuracy: of the last evaluation, in [0, 1]. train_loss: mean over ranks and steps of the last epoch. seconds:
     spent in training steps, without evaluation and files. bytes_sent: handed to the transport for gradients by one rank
     (mean over ranks), bytes_dense: what the same exchange of every layer would have taken. active_fraction: mean
-    share of layers computed per step.
+    share of layers computed per step. simulated: the ranks were played by one process, so that seconds are of all.
     """
 
     test_accuracy: float
@@ -40,6 +40,7 @@ class Summary:
     strategy: str | None
     epochs: int
     skipped_steps: int
+    simulated: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -26,7 +26,8 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
 
     name: "allreduce" (the transport's own collective), "ring" (any float dtype), "two_shot" (any float dtype, sends
     only what was computed), or "auto". is_partial: whether ranks compute different slices; where all compute the same,
-    "auto" leaves two_shot out, which then sends what the ring does. One rank exchanges nothing.
+    "auto" leaves two_shot out, which then sends what the ring does. One rank exchanges nothing. Simulated ranks have no
+    link to measure: there "auto" is the transport's own collective.
     Raises ValueError for an unknown name, or for "allreduce" with a dtype that the transport cannot sum.
     """
     if name not in NAMES:
@@ -44,6 +45,8 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
         return {name: ways[name]}
     if transport.world_size == 1:
         return {"ring": ways["ring"]}
+    if transport.is_simulated:
+        return {"allreduce": ways["allreduce"]}
     return {
         way: exchange
         for way, exchange in ways.items()
