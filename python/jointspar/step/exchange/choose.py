@@ -86,7 +86,7 @@ class Chooser:
         """
         if self._device.type == "cuda" and self._is_called:
             for name, exchange in self._candidates.items():
-                if name != "allreduce" or not self._takes_cuda(exchange):
+                if self._custom is not None or name != "allreduce" or not self._takes_cuda(exchange):
                     self._candidates[name] = Staged(exchange)
         if len(self._candidates) > 1:
             self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes, self._device)
