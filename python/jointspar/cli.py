@@ -163,7 +163,7 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         "--compression-ratio",
         type=float,
         metavar="R",
-        help="share of each tensor that randomk and topk send (default 0.01)",
+        help="share of each tensor that randomk (default 0.1) and topk (default 0.01) send",
     )
     peers.add_argument(
         "--qsgd-levels", type=int, metavar="N", help="of qsgd beside zero and sign (default 7, which take 4 bits)"

@@ -28,6 +28,7 @@ COMPRESSORS = ("randomk", "topk", "signsgd", "qsgd", "terngrad", "powersgd")
 for _name in COMPRESSORS:  # to compare with: dense gradients, compressed on their way
     METHODS[_name] = METHODS["sgd"]._replace(compressor=_name)
     METHODS[f"{_name}-lars"] = METHODS["lars"]._replace(compressor=_name)
+METHODS["randomk"] = METHODS["randomk"]._replace(base_lr=0.05)  # ten times the variance
 for _name, _dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
     METHODS[_name] = METHODS["sgd"]._replace(wire_dtype=_dtype)
     METHODS[f"{_name}-lars"] = METHODS["lars"]._replace(wire_dtype=_dtype)

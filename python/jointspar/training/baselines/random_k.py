@@ -15,13 +15,13 @@ from jointspar.training.baselines.compressors import num_kept
 class RandomK(Carried):
     """The share `ratio` of each tensor's elements, at least one, drawn anew in each step, times size / kept: unbiased.
 
-    All ranks draw the same elements from `seed`, so no index travels and the values are summed by a ring of
-    float32. There is no error feedback.
+    All ranks draw the same elements from `seed`, so no index travels and the values are summed by a ring of float32.
+    There is no error feedback, and the variance grows by size / kept: a small ratio needs a small learning rate.
 
     Source: Konecny et al. 2016 (subsampling); the uniform sampling that Wangni et al. 2018 compare with.
     """
 
-    def __init__(self, sizes: Sequence[int], *, ratio: float = 0.01, seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], *, ratio: float = 0.1, seed: int) -> None:
         super().__init__("randomk", f"ratio={ratio}, seed={seed}", sizes)
         self._seed = seed
         self._num_kept = [num_kept(ratio, size) for size in sizes]
