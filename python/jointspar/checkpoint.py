@@ -88,8 +88,8 @@ def load(
     """Continue from the newest sound checkpoint in `directory`. Collective.
 
     A damaged checkpoint is passed over with a warning for the one before it, and renamed `unusable-...`. Another world
-    size is refused with strategy="independent", whose probabilities are each rank's own; otherwise rank 0's buffers,
-    probabilities and random state go to every rank.
+    size is refused with strategy="independent", whose probabilities are each rank's own, and with an exchange whose
+    state is; otherwise rank 0's buffers, probabilities and random state go to every rank.
 
     Returns: the `extra` that was saved.
     Raises: CheckpointError where no sound checkpoint of this model is there; nothing was changed then.
@@ -133,7 +133,7 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
         try:
             found = (
                 folder,
-                *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.sampling.strategy),
+                *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.is_rank_local),
             )
         except CheckpointError as error:
             problems.append(str(error))
@@ -149,7 +149,7 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
 
 
 def _read(
-    folder: Path, rank: int, world_size: int, strategy: str
+    folder: Path, rank: int, world_size: int, is_rank_local: bool
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Manifest and tensors of one checkpoint, every byte of it verified."""
     try:
@@ -159,10 +159,11 @@ def _read(
         if _digest_of(manifest) != manifest["digest"]:
             raise CheckpointError(f"{folder / _MANIFEST}: is damaged (its digest differs)")
         if manifest["world_size"] != world_size:
-            if strategy == "independent":
+            if is_rank_local:
                 raise CheckpointError(
                     f"{folder}: was saved by {manifest['world_size']} ranks, this job has {world_size}; "
-                    'with strategy="independent" each rank has its own probabilities, so start as many'
+                    'with strategy="independent", or an exchange that remembers, each rank has a state of its own, '
+                    "so start as many"
                 )
             rank = 0
         for name, expected in manifest["files"].items():

@@ -184,10 +184,24 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how gradients are summed over the ranks: auto (default), allreduce, ring, two_shot",
     )
+    peers = parser.add_argument_group("methods to compare with")
+    peers.add_argument(
+        "--compression-ratio",
+        type=float,
+        metavar="R",
+        help="share of each tensor that randomk (default 0.1) and topk (default 0.01) send",
+    )
+    peers.add_argument(
+        "--qsgd-levels", type=int, metavar="N", help="of qsgd beside zero and sign (default 7, which take 4 bits)"
+    )
+    peers.add_argument("--powersgd-rank", type=int, metavar="R", help="of powersgd's matrices (default 2)")
 
 
 def _default_rates() -> str:
-    return ", ".join(f"{method.base_lr:g} for {name}" for name, method in METHODS.items())
+    by_rate: dict[float, list[str]] = {}
+    for name, method in METHODS.items():
+        by_rate.setdefault(method.base_lr, []).append(name)
+    return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in by_rate.items())
 
 
 def _budget(text: str) -> int | float:

@@ -13,7 +13,7 @@ from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 from jointspar.pipeline import Exchanged, Pipeline
 from jointspar.replicas import broadcast_parameters
-from jointspar.step.exchange import Costs
+from jointspar.step.exchange import Costs, CustomExchange
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
@@ -40,7 +40,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         sampling: Sampling | None,
         comm: Transport | None,
         wire_dtype: torch.dtype | str | None,
-        exchange: str,
+        exchange: str | CustomExchange,
         check_every: int,
     ) -> None:
         if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
@@ -229,6 +229,11 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         """Whether any rank had called `request_stop` when the last step was agreed on; the same on all ranks."""
         return self._pipeline.agreement.is_wished(Wish.STOP)
 
+    @property
+    def is_rank_local(self) -> bool:
+        """Whether each rank's state differs beyond repair, so that a checkpoint needs as many ranks to continue."""
+        return self._pipeline.is_rank_local
+
     def meet(self, op: Op, detail: int = 0) -> None:
         """Wait for all ranks to come to `op` in this step. Raises DesyncError where one does something else."""
         if self._exchanged is not None:
@@ -325,7 +330,8 @@ class JointSparLARS(_JointSparOptimizer):
         exchange: "allreduce" (the transport library's), "ring" (own, any dtype), "two_shot" (own, any dtype, sends only
             what ranks computed), or "auto": for each step the one that promises the least time, by a measurement at
             construction (well under a second). With three ranks or more the three round differently, so name one where
-            separate runs must give the same bits; a resumed run keeps the measurement of its state.
+            separate runs must give the same bits; a resumed run keeps the measurement of its state. Or an exchange of
+            your own: see `jointspar.step.exchange.CustomExchange`.
         check_every: after so many steps the ranks compare digests of their weights, layer by layer, so that a bit that
             flipped on one rank is a DesyncError; 0 for never. It reads every weight once, one to two milliseconds a MB.
 
@@ -350,7 +356,7 @@ class JointSparLARS(_JointSparOptimizer):
         sampling: Sampling | None = None,
         comm: Transport | None = None,
         wire_dtype: torch.dtype | str | None = None,
-        exchange: str = "auto",
+        exchange: str | CustomExchange = "auto",
         check_every: int = 0,
     ) -> None:
         defaults = dict(
@@ -383,7 +389,7 @@ class JointSparSGD(_JointSparOptimizer):
         sampling: Sampling | None = None,
         comm: Transport | None = None,
         wire_dtype: torch.dtype | str | None = None,
-        exchange: str = "auto",
+        exchange: str | CustomExchange = "auto",
         check_every: int = 0,
     ) -> None:
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)

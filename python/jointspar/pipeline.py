@@ -16,7 +16,7 @@ from jointspar.device_arrays import Reading
 from jointspar.errors import JointSparError
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
-from jointspar.step.exchange import Chooser, Slices
+from jointspar.step.exchange import Chooser, CustomExchange, Slices
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
 from jointspar.step.probabilities import LayerDistribution
@@ -58,7 +58,7 @@ class Pipeline:
         optimizer_name: str,
         inactive: str,
         wire_dtype: torch.dtype | str | None,
-        exchange: str,
+        exchange: str | CustomExchange,
         check_every: int,
     ) -> None:
         self.layers, self.sampling, self.comm = layers, sampling, comm
@@ -69,7 +69,8 @@ class Pipeline:
         )
         self._decays_idle = inactive == "decay"
         self._check_every = check_every
-        settings: dict[str, Any] = {"optimizer": optimizer_name, "inactive": inactive, "exchange": exchange}
+        settings: dict[str, Any] = {"optimizer": optimizer_name, "inactive": inactive}
+        settings["exchange"] = exchange if isinstance(exchange, str) else exchange.agreed()
         settings["check_every"] = check_every
         settings["device"] = layers.parameters[0].device.type
         self.agreement = self._agree(settings)
@@ -211,6 +212,11 @@ class Pipeline:
         self.agreement.post_plan(self.step_count, self.active, shared)
         self.stats.sent_bytes += self.comm.bytes_sent - sent_before
 
+    @property
+    def is_rank_local(self) -> bool:
+        """Whether each rank has a state of its own, so that as many ranks must continue from it."""
+        return self.sampling.strategy == "independent" or self.chooser.is_rank_local
+
     def state_dict(self) -> dict[str, Any]:
         """Rank-local state beside weights and momentum."""
         arrays = self.distribution.state_dict()
@@ -235,6 +241,7 @@ class Pipeline:
         self.distribution.check_state(state["distribution"])
         if state["lesson"] and len(state["lesson"]["drawn"]) != self.layers.num_layers:
             raise ValueError(f"state_dict: its lesson is of {len(state['lesson']['drawn'])} layers")
+        self.chooser.check_state(state["exchange"])
         if state["lesson"]:
             Lesson.from_state(state["lesson"])
 
@@ -246,7 +253,7 @@ class Pipeline:
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
         self.chooser.load_state_dict(state["exchange"])
-        self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash(self.chooser.costs))
+        self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash(self.chooser.agreed()))
         self.draw_next()
 
     def _check_weights(self) -> None:

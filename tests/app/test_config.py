@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jointspar.training import config as config_module
-from jointspar.training.config import SPARSE_FIELDS, TrainConfig, launcher_rank, local_ranks, threads_per_rank
+from jointspar.training.config import (
+    COMPRESSORS,
+    METHODS,
+    SPARSE_FIELDS,
+    TrainConfig,
+    launcher_rank,
+    local_ranks,
+    threads_per_rank,
+)
 
 OUT = Path("unused")
 SAMPLES = {
@@ -17,22 +26,54 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("name", SPARSE_FIELDS)
-@pytest.mark.parametrize("method", ["sgd", "lars"])
+@pytest.mark.parametrize("method", ["sgd", "lars", "topk", "powersgd-lars", "fp16"])
 def test_dense_methods_refuse_the_flags_of_sampling(method: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} does not act with --method {method}"):
         TrainConfig(out=OUT, method=method, **{name: SAMPLES[name]})
 
 
-@pytest.mark.parametrize("method", ["sgd", "jointspar"])
+@pytest.mark.parametrize("method", ["sgd", "jointspar", "topk"])
 def test_methods_without_lars_refuse_its_trust_coefficient(method: str) -> None:
     with pytest.raises(ValueError, match="--trust-coefficient does not act"):
         TrainConfig(out=OUT, method=method, trust_coefficient=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "value", "methods"),
+    [("compression_ratio", 0.1, {"randomk", "topk"}), ("qsgd_levels", 3, {"qsgd"}), ("powersgd_rank", 4, {"powersgd"})],
+)
+def test_flags_of_compression_act_or_are_refused(method: str, name: str, value: Any, methods: set[str]) -> None:
+    if method.removesuffix("-lars") in methods:
+        assert getattr(TrainConfig(out=OUT, method=method, **{name: value}), name) == value
+    else:
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} does not act with --method {method}"):
+            TrainConfig(out=OUT, method=method, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["wire_dtype", "exchange"])
+@pytest.mark.parametrize("method", [*COMPRESSORS, "topk-lars"])
+def test_compressors_say_themselves_what_is_sent(method: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} does not act with --method {method}"):
+        TrainConfig(out=OUT, method=method, **{name: "ring" if name == "exchange" else "float32"})
+
+
+def test_short_floats_on_the_wire_take_an_exchange_but_no_other_dtype() -> None:
+    assert TrainConfig(out=OUT, method="fp16", exchange="ring").exchange == "ring"
+    with pytest.raises(ValueError, match="--wire-dtype does not act with --method bf16"):
+        TrainConfig(out=OUT, method="bf16", wire_dtype="float16")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dataset": "tiny"}, "--dataset 'tiny' is unknown: choose from digits"),
+        ({"method": "topk", "compression_ratio": 0.0}, r"--compression-ratio must be in \(0, 1\], got 0"),
+        ({"method": "randomk", "compression_ratio": 1.5}, "--compression-ratio must be"),
+        ({"method": "topk", "compression_ratio": float("nan")}, "--compression-ratio must be"),
+        ({"method": "qsgd", "qsgd_levels": 0}, "--qsgd-levels must be from 1 to 127, got 0"),
+        ({"method": "qsgd", "qsgd_levels": 128}, "--qsgd-levels must be"),
+        ({"method": "powersgd", "powersgd_rank": 0}, "--powersgd-rank must be at least 1"),
         ({"model": "vgg"}, "--model 'vgg' is unknown"),
         ({"dataset": "imagenet"}, "--model lenet5 takes .* --dataset imagenet has 224: choose from resnet18, resnet50"),
         ({"dataset": "imagenet", "model": "resnet20"}, "--model resnet20 takes images of 8 to 64 pixels"),

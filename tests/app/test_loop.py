@@ -96,6 +96,22 @@ def test_resumed_run_gives_the_same_weights(tmp_path: Path, interrupted_at: int,
     assert [record["step"] for record in records[1]] == [record["step"] for record in records[0]]
 
 
+@pytest.mark.parametrize("method", ["topk", "signsgd-lars", "qsgd", "terngrad", "randomk", "powersgd", "bf16"])
+def test_resumed_baseline_gives_the_same_weights(tmp_path: Path, method: str) -> None:
+    config = {**SHORT, "method": method, "base_lr": 0.05}
+    train(TrainConfig(out=tmp_path / "whole", **config))
+    train(TrainConfig(out=tmp_path / "parts", max_steps=15, **config))
+    train(TrainConfig(out=tmp_path / "parts", resume=True, **config))
+    expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+
+
+def test_resume_with_another_ratio_is_refused(tmp_path: Path) -> None:
+    train(TrainConfig(out=tmp_path, method="topk", max_steps=2, **SHORT))
+    with pytest.raises(SetupError, match=r"compression_ratio was None and is now 0\.1"):
+        train(TrainConfig(out=tmp_path, method="topk", compression_ratio=0.1, resume=True, **SHORT))
+
+
 def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
     with pytest.raises(SetupError, match=r"momentum was 0\.9 and is now 0\.5"):

@@ -167,3 +167,40 @@ def test_on_a_cuda_device_only_what_the_transport_takes_goes_there_unstaged(take
         assert len(caught) == (name == "allreduce" and takes_cuda and not is_right)
         staged[name] = isinstance(made._candidates[name], Staged)
     assert staged == {"allreduce": not (takes_cuda and is_right), "ring": True, "two_shot": True}
+
+
+class Doubling:
+    """An exchange of a user's own, without state."""
+
+    name, is_rank_local = "doubling", False
+
+    def __call__(self, transport, packed, *, what, slices=None):
+        packed.mul_(2.0)
+
+    def agreed(self):
+        return "doubling"
+
+    def state_dict(self):
+        return {}
+
+    def check_state(self, state):
+        if state:
+            raise ValueError("state_dict: of something else")
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("transport", [local(), Ranks()])
+def test_an_exchange_of_the_users_own_is_always_called(transport):
+    made = Chooser(Doubling(), transport, torch.float32, is_partial=True)
+    made.prepare(1 << 20)
+    packed = torch.ones(10)
+    made.exchange(made.choose(everything(10)), packed, what="test", slices=everything(10))
+    assert packed.tolist() == [2.0] * 10
+    assert (made.costs, made.agreed(), made.state_dict()) == (None, "doubling", {})
+    with pytest.raises(ValueError, match="of something else"):
+        made.check_state({"costs": torch.zeros(1)})
+    on_device = Chooser(Doubling(), transport, torch.float32, is_partial=True, device=torch.device("cuda", 0))
+    on_device.prepare(1 << 20)
+    assert isinstance(on_device._candidates["doubling"], Staged)

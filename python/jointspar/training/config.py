@@ -16,6 +16,8 @@ class Method(NamedTuple):
     is_layerwise: bool  # LARS: a trust ratio per tensor
     is_sparse: bool  # JointSpar: some layers per step
     base_lr: float
+    compressor: str | None = None  # what takes the place of the exchange, see training.baselines
+    wire_dtype: str | None = None
 
 
 class ImageSizes(NamedTuple):
@@ -31,6 +33,14 @@ METHODS = {
     "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.05),
     "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=1.0),
 }
+COMPRESSORS = ("randomk", "topk", "signsgd", "qsgd", "terngrad", "powersgd")
+for _name in COMPRESSORS:  # to compare with: dense gradients, compressed on their way
+    METHODS[_name] = METHODS["sgd"]._replace(compressor=_name)
+    METHODS[f"{_name}-lars"] = METHODS["lars"]._replace(compressor=_name)
+METHODS["randomk"] = METHODS["randomk"]._replace(base_lr=0.05)  # ten times the variance
+for _name, _dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+    METHODS[_name] = METHODS["sgd"]._replace(wire_dtype=_dtype)
+    METHODS[f"{_name}-lars"] = METHODS["lars"]._replace(wire_dtype=_dtype)
 DATASETS = tuple(PROPERTIES)
 MODELS = {
     "lenet5": ImageSizes(16, 64),
@@ -44,6 +54,13 @@ DEFAULT_TRUST_COEFFICIENT = 0.02  # of the LARS methods
 # Fields that act only where layers are left out, and become js.Sampling's or the optimizer's arguments of that name.
 SAMPLING_FIELDS = ("budget", "strategy", "draw", "distribution", "bandit_lr", "p_min", "lag", "grouping")
 SPARSE_FIELDS = (*SAMPLING_FIELDS, "inactive")
+# Fields that act with some compressors only.
+COMPRESSION_FIELDS = {
+    "compression_ratio": ("randomk", "topk"),
+    "qsgd_levels": ("qsgd",),
+    "powersgd_rank": ("powersgd",),
+}
+MOST_QSGD_LEVELS = 127  # with a sign, 8 bits
 # Fields that may change between a run and its continuation; all others decide what is learned.
 FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs", "simulate_workers")
 
@@ -82,6 +99,9 @@ class TrainConfig:
     inactive: str | None = None
     wire_dtype: str | None = None
     exchange: str | None = None
+    compression_ratio: float | None = None
+    qsgd_levels: int | None = None
+    powersgd_rank: int | None = None
     epochs: int = 30
     warmup_epochs: float | None = None
     milestones: tuple[float, ...] | None = None
@@ -107,6 +127,7 @@ class TrainConfig:
         self._check_that_model_fits()
         self._check_numbers()
         self._check_budget()
+        self._check_compression()
         self._check_that_every_flag_acts()
 
     def _check_that_model_fits(self) -> None:
@@ -151,6 +172,28 @@ class TrainConfig:
             raise ValueError(
                 f"--budget {self.budget} is out of range: give at least 1 layer, or a fraction such as 0.5"
             )
+
+    def _check_compression(self) -> None:
+        method = METHODS[self.method]
+        for name, compressors in COMPRESSION_FIELDS.items():
+            if getattr(self, name) is not None and method.compressor not in compressors:
+                raise ValueError(
+                    f"{flag(name)} does not act with --method {self.method}: leave it out, or use --method "
+                    + " or ".join(compressors)
+                )
+        for name in ("wire_dtype", "exchange"):
+            decides = method.compressor or (method.wire_dtype if name == "wire_dtype" else None)
+            if decides and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{flag(name)} does not act with --method {self.method}, which says itself what is sent: "
+                    "leave it out, or use another method"
+                )
+        if self.compression_ratio is not None and not 0 < self.compression_ratio <= 1:
+            raise ValueError(f"--compression-ratio must be in (0, 1], got {self.compression_ratio}")
+        if self.qsgd_levels is not None and not 1 <= self.qsgd_levels <= MOST_QSGD_LEVELS:
+            raise ValueError(f"--qsgd-levels must be from 1 to {MOST_QSGD_LEVELS}, got {self.qsgd_levels}")
+        if self.powersgd_rank is not None and self.powersgd_rank < 1:
+            raise ValueError(f"--powersgd-rank must be at least 1, got {self.powersgd_rank}")
 
     def _check_that_every_flag_acts(self) -> None:
         method = METHODS[self.method]

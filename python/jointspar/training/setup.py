@@ -11,6 +11,8 @@ import torch
 import jointspar as js
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.transport import Transport
+from jointspar.step.exchange import CustomExchange
+from jointspar.training import baselines
 from jointspar.training.config import (
     DEFAULT_TRUST_COEFFICIENT,
     METHODS,
@@ -78,7 +80,7 @@ def prepare_folder(config: TrainConfig) -> None:
 
 
 def make_optimizer(config: TrainConfig, model: torch.nn.Module, comm: Transport) -> js.JointSparLARS | js.JointSparSGD:
-    """The optimizer of config.method; the dense methods are the same optimizers with every layer active."""
+    """The optimizer of config.method; all but JointSpar's are the same optimizers with every layer active."""
     method = METHODS[config.method]
     if method.is_sparse:
         given = {name: getattr(config, name) for name in SAMPLING_FIELDS if getattr(config, name) is not None}
@@ -95,8 +97,32 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module, comm: Transport)
     for name in ("inactive", "wire_dtype", "exchange"):
         if getattr(config, name) is not None:
             options[name] = getattr(config, name)
+    if method.wire_dtype is not None:
+        options["wire_dtype"] = method.wire_dtype
+    if method.compressor is not None:
+        options["exchange"] = make_compressed_exchange(method.compressor, config, model)
     lr = config.scaled_base_lr(comm.world_size)  # the scheduler sets the rate before the first step
     if not method.is_layerwise:
         return js.JointSparSGD(model.named_parameters(), lr=lr, **options)
     trust = DEFAULT_TRUST_COEFFICIENT if config.trust_coefficient is None else config.trust_coefficient
     return js.JointSparLARS(model.named_parameters(), lr=lr, trust_coefficient=trust, **options)
+
+
+def make_compressed_exchange(compressor: str, config: TrainConfig, model: torch.nn.Module) -> CustomExchange:
+    """The exchange of a baseline, with what config says of it, else its own defaults."""
+    shapes = [parameter.shape for parameter in model.parameters()]
+    sizes = [shape.numel() for shape in shapes]
+    ratio = {} if config.compression_ratio is None else {"ratio": config.compression_ratio}
+    levels = {} if config.qsgd_levels is None else {"levels": config.qsgd_levels}
+    rank = {} if config.powersgd_rank is None else {"rank": config.powersgd_rank}
+    if compressor == "randomk":
+        return baselines.RandomK(sizes, seed=config.seed, **ratio)
+    if compressor == "powersgd":
+        return baselines.PowerSgd(shapes, seed=config.seed, **rank)
+    codes: dict[str, baselines.Compressor] = {
+        "topk": baselines.TopK(**ratio),
+        "signsgd": baselines.ScaledSign(),
+        "qsgd": baselines.Qsgd(**levels),
+        "terngrad": baselines.TernGrad(),
+    }
+    return baselines.Gathered(codes[compressor], sizes, seed=config.seed)

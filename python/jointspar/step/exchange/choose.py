@@ -11,7 +11,7 @@ import torch
 
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange.allreduce import allreduce
-from jointspar.step.exchange.interface import Exchange, Slices
+from jointspar.step.exchange.interface import CustomExchange, Exchange, Slices
 from jointspar.step.exchange.measure import Costs, adds_up, measure
 from jointspar.step.exchange.ring import ring
 from jointspar.step.exchange.scratch import Scratch
@@ -58,12 +58,12 @@ class Chooser:
     """The exchanges of one optimizer's packed buffers, and the choice among them for each buffer.
 
     All ranks choose alike: by costs that they agreed on, and by slices that they all know. Until `prepare`, or where
-    there is nothing to choose, the first candidate is taken.
+    there is nothing to choose, the first candidate is taken. A user's own exchange is taken always.
     """
 
     def __init__(
         self,
-        name: str,
+        exchange: str | CustomExchange,
         transport: Transport,
         dtype: torch.dtype,
         *,
@@ -71,7 +71,12 @@ class Chooser:
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:
         self._transport, self._dtype, self._device = transport, dtype, device
-        self._candidates = candidates(name, transport, dtype, is_partial=is_partial)
+        self._custom = None if isinstance(exchange, str) else exchange
+        self._candidates: dict[str, Exchange]
+        if isinstance(exchange, str):
+            self._candidates = candidates(exchange, transport, dtype, is_partial=is_partial)
+        else:
+            self._candidates = {exchange.name: exchange}
         self._world_size = transport.world_size
         self.costs: Costs | None = None
 
@@ -82,9 +87,9 @@ class Chooser:
         and these ranks get the right sum of a trial.
         num_bytes: of the largest buffer.
         """
-        if self._device.type == "cuda" and self._world_size > 1:
+        if self._device.type == "cuda" and self._is_called:
             for name, exchange in self._candidates.items():
-                if name != "allreduce" or not self._takes_cuda(exchange):
+                if self._custom is not None or name != "allreduce" or not self._takes_cuda(exchange):
                     self._candidates[name] = Staged(exchange)
         if len(self._candidates) > 1:
             self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes, self._device)
@@ -105,25 +110,54 @@ class Chooser:
 
     def exchange(self, name: str, packed: torch.Tensor, *, what: str, slices: Slices) -> None:
         """Sum `packed` over the ranks, in place, by the exchange that `choose` named."""
-        if self._world_size == 1:
-            return
-        self._candidates[name](self._transport, packed, what=what, slices=slices)
+        if self._is_called:
+            self._candidates[name](self._transport, packed, what=what, slices=slices)
+
+    @property
+    def _is_called(self) -> bool:
+        """One rank has nothing to sum, but a custom exchange may change its gradient."""
+        return self._world_size > 1 or self._custom is not None
 
     def sent_bytes(self, name: str, num_bytes: int) -> int:
-        """What this rank would send, on average over the ranks, of a buffer that all of them computed."""
+        """What this rank would send, on average over the ranks, of a buffer that all of them computed.
+
+        For a custom exchange: by a ring.
+        """
         if name == "allreduce":
             return num_bytes if self._world_size > 1 else 0
         return round(num_bytes * 2 * (self._world_size - 1) / self._world_size)
 
+    @property
+    def is_rank_local(self) -> bool:
+        """Whether each rank has its own state."""
+        return self._custom is not None and self._custom.is_rank_local
+
+    def agreed(self) -> object:
+        """What must be the same on all ranks before they go on."""
+        return self.costs if self._custom is None else self._custom.agreed()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The costs, so that a continuation chooses alike and gives the same bits; empty where nothing was measured."""
+        """The costs, so that a continuation chooses alike and gives the same bits; empty where nothing was measured.
+
+        Of a custom exchange: its own.
+        """
+        if self._custom is not None:
+            return self._custom.state_dict()
         if self.costs is None:
             return {}
         seconds = {name: torch.tensor(column, dtype=torch.float64) for name, column in self.costs.seconds.items()}
         return seconds | {"num_bytes": torch.tensor(self.costs.num_bytes), "world_size": torch.tensor(self._world_size)}
 
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError for a state that a custom exchange cannot take."""
+        if self._custom is not None:
+            self._custom.check_state(state)
+
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over costs of the same candidates and number of ranks; others do not apply here and are passed over."""
+        if self._custom is not None:
+            self._custom.load_state_dict(state)
+            return
         if self.costs is None or state.keys() != {*self.costs.seconds, "num_bytes", "world_size"}:
             return
         if int(state["world_size"]) == self._world_size:

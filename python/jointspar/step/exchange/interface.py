@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,3 +37,25 @@ class Exchange(Protocol):
     def __call__(
         self, transport: Transport, packed: torch.Tensor, *, what: str, slices: Slices | None = None
     ) -> None: ...
+
+
+class CustomExchange(Exchange, Protocol):
+    """An exchange that a user brings in place of a name, such as lossy compression with what it carries along.
+
+    The buffer holds this rank's part of the mean gradient in host memory, and takes the sum; called with one rank too.
+    """
+
+    name: str  # what `stats.exchange` says
+    is_rank_local: bool  # whether ranks carry different state, so that as many must continue
+
+    def agreed(self) -> str:
+        """Settings and counters that must be the same on all ranks, in words; compared at construction and at load."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What this rank carries from step to step."""
+
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError for a state that `load_state_dict` cannot take."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from a state that `check_state` has passed."""
