@@ -6,7 +6,6 @@ python tests/faults/mutations.py [--only 0 3] [--out tests/faults]
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+import report
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("python", "jointspar_ext", "tests")
@@ -116,6 +117,13 @@ MUTATIONS = (
         "tests/mpi/test_training.py::test_two_ranks_compute_what_the_formulas_say_and_stay_together",
     ),
     Mutation(
+        "a draw that all ranks must share is not compared",
+        f"{PACKAGE}/pipeline.py",
+        '"shared": [self.drawn, self.active]',
+        '"shared": [self.drawn]',
+        "tests/mpi/test_training.py::test_ranks_that_differ_get_desync_error_on_both",
+    ),
+    Mutation(
         "the plan is forgotten when a step raises",
         f"{PACKAGE}/comm/header.py",
         "        return self._plan\n",
@@ -146,16 +154,18 @@ def outcome(mutation: Mutation) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
-    parser.add_argument("--out", type=Path, help="folder of mutations.json")
+    parser.add_argument("--out", type=Path, help="folder of report.json and REPORT.md")
     options = parser.parse_args()
-    outcomes = {}
+    commit, is_good = report.commit(), True
     for number, mutation in enumerate(MUTATIONS):
         if options.only is None or number in options.only:
-            outcomes[mutation.what] = {"test": mutation.test, "outcome": outcome(mutation)}
-            print(f"{number}: {mutation.what}: {outcomes[mutation.what]['outcome']}", flush=True)
-    if options.out:
-        (options.out / "mutations.json").write_text(json.dumps(outcomes, indent=1) + "\n")
-    return int(any(entry["outcome"] != "found" for entry in outcomes.values()))
+            found = outcome(mutation)
+            is_good &= found == "found"
+            print(f"{number}: {mutation.what}: {found}", flush=True)
+            if options.out:
+                figures = {"test": mutation.test, "outcome": found, "commits": [commit]}
+                report.add(options.out, report.MUTATIONS, mutation.what, figures)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
