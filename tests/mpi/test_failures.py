@@ -162,7 +162,7 @@ def count_threads():
 
 @pytest.mark.parametrize("launcher", ["torchrun"], indirect=True)
 def test_closing_ends_the_threads_of_the_groups(run_ranks):
-    """One that outlives the interpreter's end can bring the process down there."""
+    """So that none is left when the interpreter ends."""
     run_ranks(2, count_threads)
 
 
