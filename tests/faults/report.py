@@ -34,11 +34,12 @@ class Counts:
     slowest_end: float = 0.0  # seconds from the fault to the end of the job
     places: dict[str, int] = field(default_factory=dict)  # phases in which a signal met the rank
     commits: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # the end of the output of jobs that went wrong
 
     @property
     def is_good(self) -> bool:
-        return 0 < self.injected == self.detected + self.survived and not (self.wrong_sums or self.orphans)
+        is_whole = 0 < self.injected == self.detected + self.survived
+        return is_whole and not (self.wrong_sums or self.orphans or self.problems)
 
 
 def commit() -> str:

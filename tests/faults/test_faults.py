@@ -19,7 +19,6 @@ def assert_good(case, count):
     for _ in run_case(case, count, find_launcher("mpirun"), counts):
         pass
     assert counts.is_good, (counts, *counts.problems)
-    assert counts.hung == counts.slow == counts.unnoticed == 0
 
 
 @pytest.mark.mpi
