@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,21 +135,30 @@ MUTATIONS = (
 
 
 def outcome(mutation: Mutation) -> str:
-    """ "found" where the test fails with the mutation."""
+    """ "found" where the test fails with the mutation, and only with it."""
+    if (code := pytest_code(mutation.test)) != 0:
+        return f"not tried: without it pytest ended with {code}"
+    code = pytest_code(mutation.test, mutation)
+    return {0: "NOT FOUND", 1: "found"}.get(code, f"pytest ended with {code}")
+
+
+@cache
+def pytest_code(test: str, mutation: Mutation | None = None) -> int:
+    """Of the test in a copy of the sources, with the mutation in it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in FOLDERS:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        file = copy / mutation.file
-        source = file.read_text()
-        if source.count(mutation.old) != 1:
-            return f"not applied: {source.count(mutation.old)} places"
-        file.write_text(source.replace(mutation.old, mutation.new))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+        if mutation is not None:
+            file = copy / mutation.file
+            source = file.read_text()
+            if source.count(mutation.old) != 1:
+                raise SystemExit(f"{mutation.what}: not one place in {mutation.file}, but {source.count(mutation.old)}")
+            file.write_text(source.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(copy / "python"), str(copy)])}
-        code = subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False, timeout=900).returncode
-    return {0: "NOT FOUND", 1: "found"}.get(code, f"pytest ended with {code}")
+        return subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False, timeout=900).returncode
 
 
 def main() -> int:
