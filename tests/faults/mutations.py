@@ -20,6 +20,8 @@ import report
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("python", "jointspar_ext", "tests")
 PACKAGE = "python/jointspar"
+EXITS = "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase"
+SURVIVED = "tests/faults/test_faults.py::test_differences_are_named_and_the_rest_is_survived_with_right_sums"
 
 
 class Mutation(NamedTuple):
@@ -66,7 +68,7 @@ MUTATIONS = (
         f"{PACKAGE}/comm/process.py",
         "self._meet_at_exit()\n",
         "pass\n",
-        "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase",
+        f"{EXITS}[mpirun-leave_before_an_optimizer_is_built]",
     ),
     Mutation(
         "an uncaught exception does not abort",
@@ -115,14 +117,14 @@ MUTATIONS = (
         f"{PACKAGE}/pipeline.py",
         "exchanged.is_finite = exchanged.has_finite_norms()\n        exchanged.lesson",
         "exchanged.is_finite = True\n        exchanged.lesson",
-        "tests/mpi/test_training.py::test_two_ranks_compute_what_the_formulas_say_and_stay_together",
+        SURVIVED,
     ),
     Mutation(
         "a draw that all ranks must share is not compared",
         f"{PACKAGE}/pipeline.py",
         '"shared": [self.drawn, self.active]',
         '"shared": [self.drawn]',
-        "tests/mpi/test_training.py::test_ranks_that_differ_get_desync_error_on_both",
+        SURVIVED,
     ),
     Mutation(
         "the plan is forgotten when a step raises",
