@@ -72,7 +72,7 @@ def probabilities(numbers: Numbers, comm: Transport) -> str:
 
 
 def draw(numbers: Numbers, comm: Transport) -> str:
-    """One rank draws a layer more, or one less, where all must draw the same."""
+    """One rank draws a layer more, or one less, where all must draw the same; no probability ever tells."""
     faulty, layer, wrong_step = numbers.randrange(comm.world_size), numbers.randrange(NUM_LAYERS), numbers.randrange(5)
     original = pipeline.draw_layers
 
@@ -83,7 +83,7 @@ def draw(numbers: Numbers, comm: Transport) -> str:
 
     def train() -> None:
         model = build_model()
-        optimizer = build_optimizer(model)
+        optimizer = build_optimizer(model, sampling=js.Sampling(strategy="shared", distribution="uniform"))
         for step in range(5):
             train_step(model, optimizer, step)
 

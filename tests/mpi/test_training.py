@@ -521,7 +521,8 @@ def probabilities_differ():
 def shared_draws_differ():
     rank = js.comm.world().rank
     model = make_model()
-    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(strategy="shared"))
+    sampling = js.Sampling(strategy="shared", distribution="uniform")
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
 
     def two_steps():
         for step in range(2):
