@@ -4,6 +4,7 @@ VENV   ?= .venv
 DEMO_OUT ?= runs/demo
 CPP_BUILD := build/cpp-tests
 MPICH_VENV ?= .venv-mpich
+PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 SANITIZE_BUILD := build/sanitize
 SANITIZED := ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -39,7 +40,7 @@ help:
 	@echo "make fuzz     random arguments, headers and files for FUZZ_SECONDS=60"
 	@echo "make lint     ruff, mypy, clang-format; changes nothing"
 	@echo "make format   rewrite the sources as lint wants them"
-	@echo "make bench    measure the operations, forward and backward (bench/README.md)"
+	@echo "make bench    measure the operations, backward and whole iterations (bench/README.md)"
 	@echo "make test-gpu, make bench-gpu    test or measure on a GPU, with PYTHON as it is: see CONTRIBUTING.md"
 	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/ (clean-all: not $(VENV))"
 
@@ -81,7 +82,7 @@ test-cpp: $(VENV)/.stamp-project
 
 test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== Python tests"
-	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # MPICH lives in an environment of its own, which sees the packages of the first one behind its own.
 $(MPICH_VENV)/.stamp: $(VENV)/.stamp-project
@@ -132,7 +133,7 @@ format: $(VENV)/.stamp-extra-dev
 	@clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
-	@for what in ops backward; do $(VENV)/bin/python -m jointspar bench $$what || exit 1; done
+	@for what in ops backward step; do $(VENV)/bin/python -m jointspar bench $$what || exit 1; done
 
 # On a GPU: PYTHON as it is, nothing installed and nothing fetched; what it lacks may be wheels in the folder WHEELS.
 test-gpu:

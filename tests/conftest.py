@@ -23,6 +23,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jointspar")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs of several ranks run one after another, whatever the number of pytest's workers."""
+    for item in items:
+        if item.get_closest_marker("mpi"):
+            item.add_marker(pytest.mark.xdist_group("jobs"))
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> Iterator[None]:
     """One thread each, since ranks share the machine; whatever a test sets is put back."""

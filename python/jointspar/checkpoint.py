@@ -118,6 +118,8 @@ def load(
     if scheduler is not None:
         scheduler.load_state_dict(from_json(manifest["scheduler"]))
     torch.set_rng_state(own["random_state"])
+    if (device := _device_of(model)) is not None and "device_random_state" in own:
+        torch.cuda.set_rng_state(own["device_random_state"], device)
     return extra
 
 
@@ -224,13 +226,20 @@ def _rank_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tup
     for name, value in own["distribution"].items():
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         yield f"distribution.{name}", tensor
-    for name, tensor in own["lesson"].items():
-        yield f"lesson.{name}", tensor
-    for name, tensor in own["exchange"].items():
-        yield f"exchange.{name}", tensor
+    for part in ("lesson", "exchange", "update"):
+        for name, tensor in own[part].items():
+            yield f"{part}.{name}", tensor
     yield "trainable", own["trainable"]
     yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], dtype=torch.int64)
     yield "random_state", torch.get_rng_state()
+    if (device := _device_of(model)) is not None:
+        yield "device_random_state", torch.cuda.get_rng_state(device)
+
+
+def _device_of(model: torch.nn.Module) -> torch.device | None:
+    """The CUDA device of a model's parameters; None: the CPU."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    return devices.pop() if devices else None
 
 
 def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -244,6 +253,7 @@ def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
         "distribution": distribution,
         "lesson": _take(own, "lesson."),
         "exchange": _take(own, "exchange."),
+        "update": _take(own, "update."),
     }
 
 

@@ -1,4 +1,4 @@
-"""The command line: jointspar train | doctor | bench."""
+"""The command line: jointspar train | data | doctor | bench."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from typing import NamedTuple, NoReturn
 
 from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank
 
-EXIT_USAGE = 2
+EXIT_USAGE = 2  # and missing or damaged data
 EXIT_STOPPED = 128 + signal.SIGTERM  # as a shell reports a process that SIGTERM ended
+_DATA_DIR_HELP = "folder of the data files (default $JOINTSPAR_DATA/<dataset>)"
 _SPEAKER_GRACE_SECONDS = 1.0
 
 
@@ -30,7 +31,8 @@ class _Benchmark(NamedTuple):
 _BENCHMARKS = {
     "ops": _Benchmark("ops.py", "the operations against PyTorch, NumPy and the machine's limit"),
     "backward": _Benchmark("step/active_backward.py", "forward and backward at several budgets: time, bytes kept"),
-    "compare": _Benchmark("compare.py", "two result files of ops: which ratios got worse"),
+    "step": _Benchmark("steps.py", "training iterations by phase, against DDP and its hooks: time, bytes sent"),
+    "compare": _Benchmark("compare.py", "two result files of ops, or of step: which ratios got worse"),
 }
 
 
@@ -39,7 +41,10 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code: 0 fine, 1 failed or not usable, 2 wrong flags or missing data, 143 stopped."""
+    """Run one command; its exit code.
+
+    0 fine, 1 failed or not usable, 2 wrong flags, missing or damaged data, 143 stopped.
+    """
     try:
         parser = _make_parser()
         options, rest = parser.parse_known_args(arguments)
@@ -49,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"jointspar {options.command}: unknown argument {rest[0]!r}; see --help")
         if options.command == "train":
             return _train(options)
+        if options.command == "data":
+            return _check_data(options)
         return _doctor()
     except UsageError as error:
         return _refuse(str(error), is_speaker=launcher_rank() == 0)
@@ -63,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jointspar", description="Training with fewer computed and communicated layers per step.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,doctor,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,data,doctor,bench}")
     train = commands.add_parser(
         "train",
         help="train a model, alone or under mpirun or torchrun",
@@ -73,6 +80,9 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_train_flags(train)
+    data = commands.add_parser("data", help="look after the data files")
+    actions = data.add_subparsers(dest="action", required=True, metavar="{check}")
+    _add_check_flags(actions.add_parser("check", help="say whether a folder holds a dataset, complete and sound"))
     commands.add_parser("doctor", help="say what was built, which MPI is used, and what to do about problems")
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar=f"{{{','.join(_BENCHMARKS)}}}")
@@ -81,13 +91,22 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_check_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Say what is there, missing or damaged, and where to get it; exit code 0 where all is sound."
+    parser.add_argument("--dataset", required=True, choices=DATASETS, metavar="D", help=", ".join(DATASETS))
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help=_DATA_DIR_HELP)
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="decode every picture of ImageNet, not one per class folder or shard (other data are read whole anyway)",
+    )
+
+
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="folder for the results; made if needed")
     run.add_argument("--dataset", metavar="D", help=f"{', '.join(DATASETS)} (default digits)")
-    run.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the data files (default $JOINTSPAR_DATA/<dataset>)"
-    )
+    run.add_argument("--data-dir", type=Path, metavar="DIR", help=_DATA_DIR_HELP)
     run.add_argument("--model", metavar="M", help=f"{', '.join(MODELS)} (default lenet5)")
     run.add_argument("--method", metavar="M", help=f"{', '.join(METHODS)} (default jointspar-lars)")
     run.add_argument("--epochs", type=int, metavar="E", help="default 30")
@@ -183,7 +202,7 @@ def _train(options: argparse.Namespace) -> int:
         config = TrainConfig(**given)
     except ValueError as error:
         raise UsageError(f"jointspar train: {error}") from error
-    _require_packages()
+    _require_packages("train", "matplotlib", "safetensors", "tqdm")
     from jointspar.training.loop import SetupError, StoppedError, train
 
     try:
@@ -196,10 +215,10 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_packages() -> None:
-    missing = [name for name in ("matplotlib", "safetensors", "tqdm") if find_spec(name) is None]
+def _require_packages(command: str, *names: str) -> None:
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise UsageError(f"jointspar train: needs {', '.join(missing)}: pip install 'jointspar[train]'")
+        raise UsageError(f"jointspar {command}: needs {', '.join(missing)}: pip install 'jointspar[train]'")
 
 
 def _with_flag_names(message: str) -> str:
@@ -207,6 +226,13 @@ def _with_flag_names(message: str) -> str:
     found = re.match(r"(\w+): ", message)
     names = {field.name for field in fields(TrainConfig)}
     return flag(found[1]) + message[found.end(1) :] if found and found[1] in names else message
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    _require_packages("data check", "tqdm")
+    from jointspar.training.data_check import check_dataset
+
+    return 0 if check_dataset(options.dataset, options.data_dir, is_full=options.full) else EXIT_USAGE
 
 
 def _doctor() -> int:

@@ -35,17 +35,45 @@ def place_of(array: Array) -> Place | None:
     return Place(torch.cuda.current_device(), library) if hasattr(array, "__cuda_array_interface__") else None
 
 
+def named_stream(array: Array) -> int | None:
+    """The cudaStream_t that an array names in `__cuda_array_interface__`: its library writes it there."""
+    if isinstance(array, torch.Tensor):
+        return None
+    # 1 and 2 are CUDA's own names of the legacy and the per-thread default stream.
+    return getattr(array, "__cuda_array_interface__", {}).get("stream") or None
+
+
 def stream_of(place: Place, array: Array) -> int:
     """The cudaStream_t on which an operation on `array` belongs: its library's current stream on that device."""
     if place.library == "cupy":
         cupy = importlib.import_module("cupy")
         with cupy.cuda.Device(place.device):  # each device has a current stream of its own
             return int(cupy.cuda.get_current_stream().ptr)
-    if not isinstance(array, torch.Tensor):
-        stream = getattr(array, "__cuda_array_interface__", {}).get("stream")
-        if stream:  # 1 and 2 are CUDA's own names of the legacy and the per-thread default stream
-            return int(stream)
-    return int(torch.cuda.current_stream(place.device).cuda_stream)
+    return int(named_stream(array) or torch.cuda.current_stream(place.device).cuda_stream)
+
+
+class OrderedWithTorch:
+    """Functions that launch on a stream which is not torch's current one, in order with the work on that one.
+
+    So torch may own what they read and write: copies made for a call, and results.
+    """
+
+    def __init__(self, functions: Any, device: int, stream: int) -> None:
+        self._functions = functions
+        self._stream = torch.cuda.ExternalStream(stream, device=device)
+        self._device = device
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._functions, name)
+
+        def launch(*arguments: Any, **settings: Any) -> Any:
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            result = function(*arguments, **settings)
+            current.wait_stream(self._stream)
+            return result
+
+        return launch
 
 
 def empty(place: Place, size: int, dtype: str) -> Array:

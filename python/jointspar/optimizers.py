@@ -263,11 +263,12 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
         Rank-local: with strategy="independent" every rank has its own probabilities.
         """
-        return super().state_dict() | {"jointspar": self._pipeline.state_dict()}
+        own = self._pipeline.state_dict() | {"update": self._update.state_dict()}
+        return super().state_dict() | {"jointspar": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`, exactly. Collective: every rank loads its own.
+        """Continue from `state_dict()`, exactly, once the weights are loaded. Collective: every rank loads its own.
 
         Raises ValueError for a state of other parameters or layers; nothing was changed then.
         """
@@ -280,6 +281,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged = None
+        self._update.load_state_dict(state_dict["jointspar"]["update"])
         self._pipeline.load_state_dict(state_dict["jointspar"])
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,6 +290,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         if own is None:
             raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
         self._pipeline.check_state(own)
+        self._update.check_state(own["update"])
         groups, state = state_dict["param_groups"], state_dict["state"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("state_dict: its parameter groups are of other sizes")

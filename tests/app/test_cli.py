@@ -47,6 +47,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("train", "--out", "x", "--method", "lars", "--budget", "0.5"), "--budget does not act"),
         (("bench",), "ops"),
         (("bench", "sleep"), "invalid choice"),
+        (("data",), "check"),
+        (("data", "check"), "--dataset"),
+        (("data", "check", "--dataset", "tiny"), "invalid choice"),
+        (("data", "check", "--dataset", "mnist", "--loud"), "unknown argument '--loud'"),
+        (("train", "--out", "x", "--dataset", "imagenet", "--model", "resnet20"), "choose from resnet18, resnet50"),
         (("doctor", "--loud"), "unknown argument '--loud'"),
     ],
 )
@@ -68,6 +73,8 @@ def test_wrong_flags_are_refused_in_one_line(
         (("--resume",), "no checkpoint"),
         (("--warmup-epochs", "3"), "--warmup-epochs does not act with 64 samples per step"),
         (("--dataset", "mnist", "--data-dir", "nowhere"), "train-images-idx3-ubyte is missing"),
+        (("--dataset", "svhn", "--data-dir", "nowhere"), "train_32x32.mat is missing"),
+        (("--dataset", "imagenet", "--model", "resnet18", "--data-dir", "nowhere"), "nowhere/train is missing"),
     ],
 )
 def test_what_only_the_run_can_know_is_refused_in_one_line(

@@ -32,8 +32,11 @@ def test_methods_without_lars_refuse_its_trust_coefficient(method: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "imagenet"}, "--dataset 'imagenet' is unknown: choose from digits"),
+        ({"dataset": "tiny"}, "--dataset 'tiny' is unknown: choose from digits"),
         ({"model": "vgg"}, "--model 'vgg' is unknown"),
+        ({"dataset": "imagenet"}, "--model lenet5 takes .* --dataset imagenet has 224: choose from resnet18, resnet50"),
+        ({"dataset": "imagenet", "model": "resnet20"}, "--model resnet20 takes images of 8 to 64 pixels"),
+        ({"dataset": "mnist", "model": "resnet50"}, "--dataset mnist has 28: choose from lenet5, resnet20, resnet18"),
         ({"method": "adam"}, "--method 'adam' is unknown: choose from sgd"),
         ({"budget": 1.5}, "--budget 1.5 is out of range"),
         ({"budget": 0.0}, "--budget 0.0 is out of range"),

@@ -1,46 +1,30 @@
-"""Datasets from small folders in the official layout, and their shards."""
+"""Datasets from small folders in the official layout."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import struct
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+import data_files
+from data_files import RANDOM, random_bytes, resize_table, write_idx, write_mnist
 from jointspar.training import datasets, readers
+from jointspar.training.augment import normalise
 from jointspar.training.config import DATASETS
-from jointspar.training.datasets import Dataset, ShardedBatches, Split, crop_and_flip, load_dataset
-
-RANDOM = np.random.default_rng(0)
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    content = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+from jointspar.training.datasets import load_dataset
+from jointspar.training.properties import PROPERTIES
 
 
-def write_mnist(folder: Path, *, suffix: str = "", num_train: int = 20, num_test: int = 6) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for prefix, count in (("train", num_train), ("t10k", num_test)):
-        images = RANDOM.integers(0, 256, size=(count, 28, 28), dtype=np.uint8)
-        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", (np.arange(count) % 10).astype(np.uint8))
-
-
-def make_dataset(num_train: int, augments: bool = False) -> Dataset:
-    """Image k is filled with the number k, so that a batch tells its samples."""
-    values = torch.arange(num_train).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
-    split = Split(values, torch.arange(num_train))
-    return Dataset("counted", split, split, mean=(0.0,), std=(1 / 255,), augments=augments)
-
-
-def test_every_name_of_the_command_line_has_a_reader() -> None:
-    assert tuple(datasets._SOURCES) == DATASETS
+def test_every_dataset_of_the_table_has_a_loader_and_readers() -> None:
+    assert tuple(PROPERTIES) == DATASETS
+    for properties in PROPERTIES.values():
+        assert len(properties.mean) == len(properties.std) == properties.in_channels
+        for form in properties.forms:
+            assert form.kind in datasets._LOADERS
+            assert {file.format for file in form.files} <= set(readers.FORMATS)
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -50,7 +34,7 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert first.train.images.dtype == torch.uint8
     assert torch.equal(first.train.images, second.train.images)
     assert first.train.images.max() == 255
-    scaled = first.normalise(first.train.images)
+    scaled = normalise(first.train.images, first.properties)
     assert abs(scaled.mean()) < 0.01
     assert abs(scaled.std() - 1) < 0.01
 
@@ -72,8 +56,7 @@ def test_data_root_variable_holds_a_folder_per_dataset(tmp_path: Path, monkeypat
 
 
 def test_system_package_serves_where_the_data_root_has_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = datasets._SOURCES["fashion-mnist"]._replace(installed=str(tmp_path / "system"))
-    monkeypatch.setitem(datasets._SOURCES, "fashion-mnist", source)
+    resize_table(monkeypatch, "fashion-mnist", installed=str(tmp_path / "system"))
     monkeypatch.setenv("JOINTSPAR_DATA", str(tmp_path / "root"))
     assert datasets.default_folder("fashion-mnist") == tmp_path / "root" / "fashion-mnist"
     (tmp_path / "system").mkdir()
@@ -99,14 +82,18 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         load_dataset("mnist", tmp_path)
 
 
+def test_label_count_must_be_that_of_the_images(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([1, 2, 3], np.uint8))
+    with pytest.raises(readers.DatasetError, match="3 labels for 20 images"):
+        load_dataset("mnist", tmp_path)
+
+
 @pytest.fixture
 def cifar_arrays(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
-    """Six batches of 4 images instead of 10,000; the readers are told so."""
-    read_bin, read_png = datasets.read_cifar_bin, datasets.read_cifar_png
-    monkeypatch.setattr(datasets, "read_cifar_bin", lambda path: read_bin(path, num_items=4))
-    monkeypatch.setattr(datasets, "read_cifar_png", lambda path: read_png(path, num_items=4))
-    images = RANDOM.integers(0, 256, size=(24, 3, 32, 32), dtype=np.uint8)
-    return images, RANDOM.integers(0, 10, size=24).astype(np.uint8)
+    """Six batches of 4 images instead of 10,000; the table says so."""
+    resize_table(monkeypatch, "cifar10", train_size=20, test_size=4)
+    return random_bytes(24, 3, 32, 32), RANDOM.integers(0, 10, size=24).astype(np.uint8)
 
 
 def check_cifar(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -115,78 +102,75 @@ def check_cifar(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     np.testing.assert_array_equal(dataset.train.labels.numpy(), labels[:20])
     np.testing.assert_array_equal(dataset.test.images.numpy(), images[20:])
     np.testing.assert_array_equal(dataset.test.labels.numpy(), labels[20:])
-    assert dataset.augments
 
 
-CIFAR_NAMES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
-
-
-def test_cifar10_reads_the_binary_version(tmp_path: Path, cifar_arrays: tuple[np.ndarray, np.ndarray]) -> None:
-    images, labels = cifar_arrays
-    records = np.hstack([labels[:, None], images.reshape(24, -1)])
-    for k, name in enumerate(CIFAR_NAMES):
-        (tmp_path / f"{name}.bin").write_bytes(records[4 * k : 4 * k + 4].tobytes())
-    check_cifar(tmp_path, images, labels)
+@pytest.mark.parametrize("subfolder", ["", "cifar-10-batches-bin"])
+def test_cifar10_reads_the_binary_version(
+    tmp_path: Path, cifar_arrays: tuple[np.ndarray, np.ndarray], subfolder: str
+) -> None:
+    data_files.write_cifar10(tmp_path / subfolder, *cifar_arrays)
+    check_cifar(tmp_path, *cifar_arrays)
 
 
 def test_cifar10_reads_png_and_json(tmp_path: Path, cifar_arrays: tuple[np.ndarray, np.ndarray]) -> None:
-    images, labels = cifar_arrays
-    rows = images.transpose(0, 2, 3, 1).reshape(24, 1024, 3)
-    for k, name in enumerate(CIFAR_NAMES):
-        Image.fromarray(rows[4 * k : 4 * k + 4]).save(tmp_path / f"{name}.png")
-    (tmp_path / "train_lables.json").write_text(json.dumps(labels[:20].tolist()))
-    (tmp_path / "test_lables.json").write_text(json.dumps(labels[20:].tolist()))
-    check_cifar(tmp_path, images, labels)
+    data_files.write_cifar10_png(tmp_path, *cifar_arrays)
+    check_cifar(tmp_path, *cifar_arrays)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_shards_are_disjoint_and_cover_all_whole_batches(world_size: int) -> None:
-    dataset = make_dataset(50)
-    shards = [ShardedBatches(dataset, 4, rank, world_size, seed=0) for rank in range(world_size)]
-    seen = np.concatenate([shard.indices(0).reshape(-1) for shard in shards])
-    assert len({len(shard) for shard in shards}) == 1
-    assert len(seen) == len(set(seen.tolist())) == 50 // (4 * world_size) * 4 * world_size
+@pytest.mark.parametrize("subfolder", ["", "cifar-100-binary"])
+def test_cifar100_trains_on_the_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subfolder: str) -> None:
+    resize_table(monkeypatch, "cifar100", train_size=6, test_size=3)
+    images, coarse = random_bytes(6, 3, 32, 32), np.array([19, 0, 3, 4, 5, 6], np.uint8)
+    fine = np.array([99, 0, 50, 51, 52, 53], np.uint8)
+    data_files.write_cifar100(tmp_path / subfolder / "train.bin", images, coarse, fine)
+    data_files.write_cifar100(tmp_path / subfolder / "test.bin", images[:3], coarse[:3], fine[:3])
+    dataset = load_dataset("cifar100", tmp_path)
+    np.testing.assert_array_equal(dataset.train.images.numpy(), images)
+    assert dataset.train.labels.tolist() == fine.tolist()
+    assert dataset.test.labels.tolist() == [99, 0, 50]
 
 
-def test_batches_hold_the_samples_of_their_indices() -> None:
-    shard = ShardedBatches(make_dataset(50), 4, rank=1, world_size=2, seed=3)
-    for (images, labels), expected in zip(shard.epoch(2), shard.indices(2), strict=True):
-        np.testing.assert_array_equal(labels.numpy(), expected)
-        assert images.dtype == torch.float32
-        np.testing.assert_allclose(images[:, 0, 0, 0].numpy(), expected, rtol=1e-5)
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
 
 
-def test_order_depends_on_epoch_and_seed_only() -> None:
-    shard = ShardedBatches(make_dataset(50), 4, rank=0, world_size=2, seed=3)
-    again = ShardedBatches(make_dataset(50), 4, rank=0, world_size=2, seed=3)
-    other = ShardedBatches(make_dataset(50), 4, rank=0, world_size=2, seed=4)
-    np.testing.assert_array_equal(shard.indices(1), again.indices(1))
-    assert (shard.indices(0) != shard.indices(1)).any()
-    assert (shard.indices(0) != other.indices(0)).any()
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar10", "data_batch_1"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "train"),
+        ("cifar100", "cifar-100-python/train"),
+    ],
+)
+def test_python_versions_are_not_unpickled_and_the_binary_one_is_named(tmp_path: Path, name: str, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(readers.DatasetError, match=r"pickled: .*use the binary version.*-binary\.tar\.gz"):
+        load_dataset(name, tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
-def test_epoch_continues_from_any_batch_with_the_same_augmentation() -> None:
-    shard = ShardedBatches(make_dataset(40, augments=True), 4, rank=0, world_size=2, seed=0)
-    whole, rest = list(shard.epoch(0)), list(shard.epoch(0, first_batch=3))
-    assert len(whole) == 5
-    assert len(rest) == 2
-    for (images, labels), (expected_images, expected_labels) in zip(rest, whole[3:], strict=True):
-        assert torch.equal(images, expected_images)
-        assert torch.equal(labels, expected_labels)
+@pytest.mark.parametrize("compressed", [True, False])
+def test_svhn_gives_the_digit_0_the_label_0(tmp_path: Path, compressed: bool) -> None:
+    images, digits = random_bytes(4, 3, 32, 32), np.array([0, 1, 9, 5])
+    data_files.write_svhn(tmp_path / "train_32x32.mat", images, digits, compressed=compressed)
+    data_files.write_svhn(tmp_path / "test_32x32.mat", images[:2], digits[:2], compressed=compressed)
+    dataset = load_dataset("svhn", tmp_path)
+    np.testing.assert_array_equal(dataset.train.images.numpy(), images)
+    assert dataset.train.labels.tolist() == [0, 1, 9, 5]
+    assert dataset.test.labels.tolist() == [0, 1]
 
 
-def test_too_few_samples_for_one_global_batch_is_an_error() -> None:
-    with pytest.raises(ValueError, match="--batch-size 30 on 2 ranks needs 60 samples"):
-        ShardedBatches(make_dataset(50), 30, 0, 2, seed=0)
-
-
-def test_crop_and_flip_takes_windows_of_the_padded_image() -> None:
-    images = torch.from_numpy(RANDOM.integers(1, 256, size=(64, 3, 8, 8), dtype=np.uint8))
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    changed = crop_and_flip(images, np.random.default_rng(0))
-    assert changed.shape == images.shape
-    assert changed.dtype == torch.uint8
-    for image, source in zip(changed, padded, strict=True):
-        windows = [source[:, i : i + 8, j : j + 8] for i in range(9) for j in range(9)]
-        assert any(torch.equal(image, window) or torch.equal(image, window.flip(2)) for window in windows)
-    assert any(not torch.equal(image, source[:, 4:12, 4:12]) for image, source in zip(changed, padded, strict=True))
+def test_augmentation_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = {name for name, its in PROPERTIES.items() if its.augmentation.padding}
+    flipped = {name for name, its in PROPERTIES.items() if its.augmentation.flips}
+    assert padded == {"svhn", "cifar10", "cifar100"}
+    assert flipped == {"cifar10", "cifar100", "imagenet"}  # a mirrored digit or letter is another sign

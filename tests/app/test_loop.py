@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from data_files import random_bytes, resize_table, write_cifar100, write_class_folders, write_shards, write_svhn
+from jointspar import cli
 from jointspar.training.config import METHODS, TrainConfig
 from jointspar.training.loop import train
 from jointspar.training.records import read_metrics
@@ -95,6 +100,39 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
     with pytest.raises(SetupError, match=r"momentum was 0\.9 and is now 0\.5"):
         train(TrainConfig(out=tmp_path, resume=True, momentum=0.5, **SHORT))
+
+
+@pytest.mark.parametrize("write", [write_class_folders, write_shards])
+def test_imagenet_trains_and_resumes_within_an_epoch_from_both_forms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    """As a user does it, with pictures of 65 pixels, for which ResNet-18 has the stem of ImageNet."""
+    resize_table(monkeypatch, "imagenet", image_size=65, resize=72, num_classes=12)
+    write(tmp_path / "data")
+    flags = ["--dataset", "imagenet", "--data-dir", str(tmp_path / "data"), "--model", "resnet18", "--batch-size", "4"]
+    flags += ["--epochs", "1", "--threads", "1", "--log-every", "1"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert cli.main(["train", "--out", whole, *flags]) == 0
+    assert cli.main(["train", "--out", parts, "--max-steps", "2", *flags]) == 0
+    assert cli.main(["train", "--out", parts, "--resume", *flags]) == 0
+    expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl")[-1]["step"] == 3
+    assert [thread for thread in threading.enumerate() if thread.name == "prefetch"] == []
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar100"])
+def test_small_pictures_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    resize_table(monkeypatch, name, train_size=16, test_size=8)
+    images, labels = random_bytes(16, 3, 32, 32), np.arange(16) % 10
+    for k, (split, count) in enumerate((("train", 16), ("test", 8))):
+        if name == "svhn":
+            write_svhn(tmp_path / "data" / f"{split}_32x32.mat", images[:count], labels[:count])
+        else:
+            fine = (labels[:count] + 90 * k).astype(np.uint8)
+            write_cifar100(tmp_path / "data" / f"{split}.bin", images[:count], fine % 20, fine)
+    flags = ["--dataset", name, "--data-dir", str(tmp_path / "data"), "--model", "resnet20", "--batch-size", "8"]
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--epochs", "1", "--threads", "1", *flags]) == 0
 
 
 def test_batch_norm_model_trains_and_resumes(tmp_path: Path) -> None:

@@ -161,3 +161,25 @@ def test_cupy_work_is_put_on_the_current_stream_of_cupy() -> None:
             norms = ops.squared_norms([x])
         stream.synchronize()
     assert norms.tolist() == [4.0 * SIZE]
+
+
+class NamesItsStream:
+    """An array of a library that torch does not know, with work on a stream of that library's."""
+
+    def __init__(self, values: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        interface = dict(values.__cuda_array_interface__)
+        self.__cuda_array_interface__ = interface | {"version": 3, "stream": stream.cuda_stream}
+        self.shape, self.ndim, self.dtype = tuple(values.shape), values.ndim, values.dtype
+
+
+def test_work_on_an_array_that_names_its_stream_is_in_order_there_and_on_the_current_one() -> None:
+    stream = torch.cuda.Stream()
+    for _ in range(2):  # the first may allocate, which waits
+        x = torch.zeros(SIZE, device=DEVICE)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            keep_busy(50)
+            x.fill_(2.0)
+        norms = ops.squared_norms([NamesItsStream(x, stream)])
+        doubled = 2 * norms  # on the current stream
+    assert doubled.tolist() == [8.0 * SIZE]

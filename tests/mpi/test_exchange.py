@@ -8,6 +8,7 @@ import torch
 
 from jointspar.comm.hashing import stable_hash
 from jointspar.step.exchange import Chooser, Slices, candidates, ring, two_shot
+from jointspar.step.exchange.measure import adds_up
 from support import launched
 
 pytestmark = pytest.mark.mpi
@@ -139,8 +140,22 @@ def check_the_measured_choice(transport):
             assert chooser.costs.num_bytes[0] == 16384
 
 
+def check_trial_sums(transport):
+    """A sum that is wrong on one rank is wrong on all of them."""
+
+    def wrong_on_the_last(transport, packed, *, what, slices=None):
+        transport.allreduce(packed, what=what)
+        packed[-1] += transport.rank == transport.world_size - 1
+
+    for dtype in FLOATS:
+        for exchange in candidates("auto", transport, dtype).values():
+            assert adds_up(exchange, transport, dtype, torch.device("cpu"))
+    assert not adds_up(wrong_on_the_last, transport, torch.float32, torch.device("cpu"))
+
+
 def sum_everything():
     transport = launched(timeout=30)
+    check_trial_sums(transport)
     for dtype in FLOATS:
         for exchange in candidates("auto", transport, dtype).values():  # all that carry the dtype
             check_sums(transport, exchange, dtype)

@@ -18,6 +18,8 @@ from jobs import find_launcher, run_job, run_on_ranks
 from jointspar.errors import CheckpointError, DesyncError
 from jointspar.step.exchange import Costs
 
+pytestmark = pytest.mark.mpi
+
 
 def make_model(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)

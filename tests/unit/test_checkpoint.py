@@ -57,6 +57,52 @@ def test_resume_is_bit_exact(tmp_path, lag):
     assert scheduler.state_dict() == other[2].state_dict()
 
 
+def test_resume_carries_the_norms_that_lars_measured(tmp_path):
+    model, optimizer, scheduler = make()
+    train(model, optimizer, scheduler, 5)
+    for parameter in model.parameters():  # unnoticed, so carried norms now have other bits than measured ones
+        parameter.data.mul_(1 + 3e-6)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler)
+    train(model, optimizer, scheduler, 5)
+    other = make(seed=9)
+    js.checkpoint.load(tmp_path, model=other[0], optimizer=other[1], scheduler=other[2])
+    train(*other, 5)
+    assert_equal(everything(model, optimizer), everything(other[0], other[1]))
+
+
+def test_norms_are_not_carried_to_other_weights():
+    def build(scale):
+        model = nn.Linear(5, 3, bias=False).double()
+        with torch.no_grad():
+            model.weight.copy_(scale * torch.arange(1.0, 16.0).reshape(3, 5))
+        sampling = js.Sampling(budget=1.0)
+        return model, js.JointSparLARS(model.parameters(), lr=0.5, weight_decay=0.1, eps=0.0, sampling=sampling)
+
+    model, optimizer = build(1.0)
+    optimizer.zero_grad()
+    model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
+    other, other_optimizer = build(7.0)
+    before = other.weight.detach().clone()
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    other_optimizer.zero_grad()
+    other(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
+    other_optimizer.step()
+    grad = torch.ones(3, 5, dtype=torch.float64)
+    local = 1e-3 * before.norm() / (grad.norm() + 0.1 * before.norm())
+    expected = before - 0.5 * (0.9 * momentum + local * (grad + 0.1 * before))
+    assert torch.allclose(other.weight, expected, rtol=1e-12, atol=0.0)
+
+
+def test_a_state_with_norms_of_another_number_of_parameters_is_refused():
+    _, optimizer, _ = make()
+    state = optimizer.state_dict()
+    state["jointspar"]["update"]["norms"] = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="norms"):
+        optimizer.load_state_dict(state)
+
+
 def test_the_last_two_stay_and_nobody_else_may_read_them(tmp_path):
     model, optimizer, scheduler = make()
     for _ in range(4):

@@ -1,5 +1,7 @@
 """Which exchange is taken: by name, by measured costs, and by what a state remembers."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -150,13 +152,17 @@ def test_dense_bytes_are_what_each_exchange_would_send():
     assert [alone.sent_bytes(name, 1000) for name in choose.NAMES[1:]] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("takes_cuda", [False, True])
-def test_on_a_cuda_device_only_what_the_transport_takes_goes_there_unstaged(takes_cuda, monkeypatch):
+@pytest.mark.parametrize(("takes_cuda", "is_right"), [(False, True), (True, True), (True, False)])
+def test_on_a_cuda_device_only_what_the_transport_takes_goes_there_unstaged(takes_cuda, is_right, monkeypatch):
     ranks = Ranks()
+    ranks.rank = 0
     monkeypatch.setattr(ranks, "agree_on_cuda", lambda: takes_cuda, raising=False)
+    monkeypatch.setattr(choose, "adds_up", lambda *_: is_right)
     staged = {}
     for name in ("allreduce", "ring", "two_shot"):
         made = Chooser(name, ranks, torch.float32, is_partial=True, device=torch.device("cuda", 0))
-        made.prepare(1 << 20)
+        with warnings.catch_warnings(record=True) as caught:
+            made.prepare(1 << 20)
+        assert len(caught) == (name == "allreduce" and takes_cuda and not is_right)
         staged[name] = isinstance(made._candidates[name], Staged)
-    assert staged == {"allreduce": not takes_cuda, "ring": True, "two_shot": True}
+    assert staged == {"allreduce": not (takes_cuda and is_right), "ring": True, "two_shot": True}

@@ -72,11 +72,14 @@ def test_the_trial_runs_apart_from_the_launcher(monkeypatch):
         seen.update(env)
         return subprocess.CompletedProcess(command, 0, '{"says": false}', "")
 
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-    monkeypatch.setenv("PMI_RANK", "1")
+    from_the_launcher = ["OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri", "PMIX_RANK", "PMI_RANK", "PRTE_LAUNCHED"]
+    from_the_user = ["OMPI_MCA_opal_cuda_support", "PMIX_MCA_gds", "OMPI_ALLOW_RUN_AS_ROOT"]
+    for name in (*from_the_launcher, *from_the_user):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(subprocess, "run", run)
     cuda_mpi.probe()
-    assert not any(name.startswith(("OMPI_", "PMI_")) for name in seen)
+    assert not seen.keys() & set(from_the_launcher)
+    assert seen.keys() >= set(from_the_user)
     assert seen["PATH"] == os.environ["PATH"]
 
 

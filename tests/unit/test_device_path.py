@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import is_tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import jointspar as js
 from jointspar import learning, ops, pipeline
@@ -115,6 +117,44 @@ def test_the_packed_buffer_stays_where_it_is_once_it_has_seen_the_largest_set():
         if seed >= 20:
             places.add(optimizer._pipeline.packer._buffer.data_ptr())
     assert len(places) == 1
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every storage that a torch operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if is_tensor(tensor)}
+        made = [tensor.untyped_storage() for tensor in tree_leaves(result) if is_tensor(tensor)]
+        self.num_bytes += [storage.nbytes() for storage in made if storage.data_ptr() not in known]
+        return result
+
+
+@pytest.mark.parametrize("inactive", ["skip", "decay"])
+@pytest.mark.parametrize("arguments", [{}, {"max_norm": 0.1}], ids=["plain", "clipped"])
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+def test_in_the_steady_state_a_step_allocates_some_numbers_a_tensor_and_nothing_as_large_as_one(
+    kind, arguments, inactive
+):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
+    num_tensors, smallest_weight = 24, 64 * 64 * 4
+    sampling = js.Sampling(budget=0.5, lag=1)
+    optimizer = kind(model.named_parameters(), inactive=inactive, sampling=sampling)
+    allocations = Allocations()
+    for seed in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(4, 64)).square().mean().backward()
+        with allocations:
+            optimizer.step(**arguments)
+        if seed == 0:
+            assert max(allocations.num_bytes) >= smallest_weight  # the packed buffer: it would be seen
+        if seed == 20:
+            allocations.num_bytes.clear()
+    assert max(allocations.num_bytes, default=0) <= 2 * 8 * num_tensors
 
 
 @pytest.mark.parametrize("distribution", ["norm", "bandit"])

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from jointspar.device_arrays import Array, Place, empty, stream_of
+from jointspar.device_arrays import Array, OrderedWithTorch, Place, empty, named_stream, stream_of
 
 
 class OnDevice:
     """The operations for arrays at `place`; `kernels` has the functions of jointspar_ext._cuda."""
 
     def __init__(self, kernels: Any, place: Place, array: Array) -> None:
-        self._kernels = kernels
+        stream, is_named = stream_of(place, array), place.library == "torch" and named_stream(array) is not None
+        self._kernels = OrderedWithTorch(kernels, place.device, stream) if is_named else kernels
         self._place = place
-        self._queue = {"device": place.device, "stream": stream_of(place, array)}
+        self._queue = {"device": place.device, "stream": stream}
 
     def sample_layers(self, probabilities: Array, **arguments: Any) -> Array:
         active = self._empty(len(probabilities), "bool")

@@ -18,7 +18,10 @@ import torch
 
 ENVIRONMENT_VARIABLE = "JOINTSPAR_USE_CUDA_MPI"
 _CHILD_SECONDS = 60
-_LAUNCHER_VARIABLE = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|HYDRA_|HYDI_|MPI_LOCAL)")
+# What a launcher tells its ranks. Settings of the user's (OMPI_MCA_..., PMIX_MCA_...) are not among them.
+_LAUNCHER_VARIABLE = re.compile(
+    r"(OMPI|PMIX|PRTE)_(?!MCA_|ALLOW_)|OMPI_MCA_(orte_|ess|pmix|ras|plm|initial_wdir)|PMI_|HYDRA_|HYDI_|MPI_LOCAL"
+)
 
 # Asks by the names that Open MPI (and its relatives) and MPICH give the question, then sums device memory that a side
 # stream is still writing when the event is recorded, and compares the numbers.
@@ -79,7 +82,10 @@ def decide() -> Verdict:
 
 
 def probe() -> Verdict:
-    """Ask this MPI and try it, in a process of its own without the launcher's variables."""
+    """Ask this MPI and try it, in a process of its own without the launcher's variables.
+
+    Alone it has nobody to sum with: whether the ranks get right sums, they try when they choose their exchange.
+    """
     environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLE.match(name)}
     try:
         child = subprocess.run(

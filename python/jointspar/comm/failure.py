@@ -11,6 +11,8 @@ from types import TracebackType
 from jointspar.comm.transport import PEER_GRACE_SECONDS, Transport
 from jointspar.errors import JointSparError
 
+_OUTPUT_SECONDS = 0.2  # in which the launcher hands on what was printed; an abort may drop it
+
 _installed = False
 
 
@@ -30,8 +32,7 @@ def abort_on_uncaught(transport: Transport) -> None:
         if os.getpid() != pid:
             return
         sys.stderr.flush()
-        if isinstance(error, JointSparError):
-            time.sleep(PEER_GRACE_SECONDS)
+        time.sleep(PEER_GRACE_SECONDS if isinstance(error, JointSparError) else _OUTPUT_SECONDS)
         transport.abort(f"uncaught {type(error).__name__}")
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

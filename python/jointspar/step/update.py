@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from jointspar import ops
 
 REMEASURE_EVERY = 100  # steps after which carried norms are measured again
+_SAME_WEIGHTS = 1e-5  # carried and measured norms of the same weights differ by less, relatively
 
 
 class HyperParameters:
@@ -130,15 +131,44 @@ class LarsUpdate:
             **values,
         )
         self._norms[index] = norms.param_norms_after
-        self._versions[everything] = [parameter._version for parameter in parameters]
-        self._pointers[everything] = [parameter.data_ptr() for parameter in parameters]
+        self._note_places(everything, parameters)
         return norms.grad_norms[: positions.size]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The norms, since measuring them again may give other bits, and how far it is to the next measuring."""
+        everything = np.arange(len(self._parameters))
+        norms = self._still_valid(everything, list(self._parameters), host_index(everything, self._norms.device))
+        return {"norms": norms.cpu(), "steps": torch.tensor(self._steps)}
+
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError for a state of other parameters."""
+        if state and (state["norms"].shape != self._norms.shape or int(state["steps"]) < 0):
+            raise ValueError(f"state_dict: its norms are not of {len(self._parameters)} parameters")
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Carry on with saved norms, but not with those of other weights than the parameters have now."""
+        if not state:
+            return
+        saved = state["norms"].to(self._norms)
+        measured = torch.sqrt(ops.squared_norms(list(self._parameters)))
+        is_same = (saved - measured).abs() <= _SAME_WEIGHTS * measured
+        self._norms = torch.where(is_same, saved, torch.nan)
+        self._note_places(np.arange(len(self._parameters)), self._parameters)
+        self._steps = int(state["steps"])
+
+    def _note_places(self, positions: np.ndarray, parameters: Sequence[torch.Tensor]) -> None:
+        """What tells later whether somebody else wrote the parameters whose norms are carried."""
+        self._versions[positions] = [parameter._version for parameter in parameters]
+        self._pointers[positions] = [parameter.data_ptr() for parameter in parameters]
 
     def _carried(self, positions: np.ndarray, parameters: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
         """float64 [num_parameters]: what the last step measured, NaN where that may be out of date."""
         self._steps += 1
         if self._steps % REMEASURE_EVERY == 0:
             self._norms.fill_(torch.nan)
+        return self._still_valid(positions, parameters, index)
+
+    def _still_valid(self, positions: np.ndarray, parameters: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
         same = self._versions[positions] == [parameter._version for parameter in parameters]
         same &= self._pointers[positions] == [parameter.data_ptr() for parameter in parameters]
         carried = self._norms[index]
@@ -148,11 +178,21 @@ class LarsUpdate:
 
 
 class SgdUpdate:
-    """SGD with momentum on slices of a packed buffer."""
+    """SGD with momentum on slices of a packed buffer. Carries nothing beside the momenta."""
 
     def __init__(self, parameters: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
         self._momenta = momenta
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Any state will do."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Changes nothing."""
 
     def apply(
         self,

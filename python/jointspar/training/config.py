@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from jointspar.training.properties import PROPERTIES
+
 
 class Method(NamedTuple):
     """One value of --method."""
@@ -16,14 +18,26 @@ class Method(NamedTuple):
     base_lr: float
 
 
+class ImageSizes(NamedTuple):
+    """The smallest and the largest side of the images that a model is meant for."""
+
+    smallest: int
+    largest: int
+
+
 METHODS = {
     "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.1),
     "lars": Method(is_layerwise=True, is_sparse=False, base_lr=1.0),
     "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.05),
     "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=1.0),
 }
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
-MODELS = ("lenet5", "resnet20", "resnet18", "resnet50")
+DATASETS = tuple(PROPERTIES)
+MODELS = {
+    "lenet5": ImageSizes(16, 64),
+    "resnet20": ImageSizes(8, 64),
+    "resnet18": ImageSizes(8, 512),
+    "resnet50": ImageSizes(32, 512),
+}
 REFERENCE_BATCH = 256  # samples of a step that --base-lr is for
 DEFAULT_TRUST_COEFFICIENT = 0.02  # of the LARS methods
 
@@ -86,11 +100,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choice("--dataset", self.dataset, DATASETS)
-        _check_choice("--model", self.model, MODELS)
+        _check_choice("--model", self.model, tuple(MODELS))
         _check_choice("--method", self.method, tuple(METHODS))
+        self._check_that_model_fits()
         self._check_numbers()
         self._check_budget()
         self._check_that_every_flag_acts()
+
+    def _check_that_model_fits(self) -> None:
+        size = PROPERTIES[self.dataset].image_size
+        if not fits(self.model, size):
+            smallest, largest = MODELS[self.model]
+            raise ValueError(
+                f"--model {self.model} takes images of {smallest} to {largest} pixels a side, --dataset {self.dataset} "
+                f"has {size}: choose from {', '.join(name for name in MODELS if fits(name, size))}"
+            )
 
     def _check_numbers(self) -> None:
         for name in ("epochs", "batch_size", "threads", "log_every", "max_steps"):
@@ -167,6 +191,11 @@ class TrainConfig:
         """The settings that decide what is learned, as JSON values; a continuation must have the same."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE_FIELDS}
         return values | {"warmup_epochs": self.warmup(), "milestones": list(self.schedule_milestones())}
+
+
+def fits(model: str, image_size: int) -> bool:
+    """Whether a model is meant for square images of this size."""
+    return MODELS[model].smallest <= image_size <= MODELS[model].largest
 
 
 def flag(field_name: str) -> str:

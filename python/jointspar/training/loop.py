@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import jointspar as js
 from jointspar.comm.transport import Transport
 from jointspar.replicas import average
 from jointspar.telemetry import Stats
+from jointspar.training.batches import ShardedBatches, StreamedBatches, evaluation_batches, training_batches
 from jointspar.training.config import (
     METHODS,
     REFERENCE_BATCH,
@@ -25,9 +26,10 @@ from jointspar.training.config import (
     launcher_rank,
     threads_per_rank,
 )
-from jointspar.training.datasets import Dataset, ShardedBatches, load_dataset
+from jointspar.training.datasets import Dataset, load_dataset
 from jointspar.training.models import build_model
 from jointspar.training.plots import plot_run
+from jointspar.training.prefetch import prefetch
 from jointspar.training.records import (
     CHECKPOINT_FOLDER,
     CURVES_FILE,
@@ -43,7 +45,6 @@ from jointspar.training.records import (
 )
 from jointspar.training.setup import SetupError, agree_on_start, check_warmup, make_optimizer, prepare_folder
 
-_EVALUATION_BATCH = 500
 _AVERAGED = ("loss_sum", "bytes_sent", "bytes_dense", "active_sum", "seconds")  # of the progress, by rank
 
 
@@ -76,11 +77,12 @@ class StoppedError(Exception):
 class Run:
     """One training run: the objects that `train` set up, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, comm: Transport, dataset: Dataset, batches: ShardedBatches) -> None:
+    def __init__(
+        self, config: TrainConfig, comm: Transport, dataset: Dataset, batches: ShardedBatches | StreamedBatches
+    ) -> None:
         self.config, self.comm, self.dataset, self.batches = config, comm, dataset, batches
-        self.model = build_model(
-            config.model, dataset.in_channels, dataset.num_classes, dataset.image_size, seed=config.seed
-        )
+        its = dataset.properties
+        self.model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
         self.optimizer = make_optimizer(config, self.model, comm)
         self.scheduler = js.schedule.linear_scaling_warmup(
             self.optimizer,
@@ -124,15 +126,16 @@ class Run:
         self.phase_ms.clear()
         self.phase_steps = 0
         started = time.perf_counter()
-        for images, labels in self.batches.epoch(self.progress.epoch, self.progress.batch):
-            self.phase_ms["data"] += 1e3 * (time.perf_counter() - started)
-            loss = self._train_step(images, labels)
-            now = time.perf_counter()
-            self.progress.seconds += now - started
-            started = now
-            self._note_step(loss)
-            if self.progress.step >= self.num_steps or self.optimizer.stop_requested:
-                break
+        with closing(prefetch(self.batches.epoch(self.progress.epoch, self.progress.batch))) as batches:
+            for images, labels in batches:
+                self.phase_ms["data"] += 1e3 * (time.perf_counter() - started)
+                loss = self._train_step(images, labels)
+                now = time.perf_counter()
+                self.progress.seconds += now - started
+                started = now
+                self._note_step(loss)
+                if self.progress.step >= self.num_steps or self.optimizer.stop_requested:
+                    break
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         before_forward = time.perf_counter()
@@ -226,14 +229,12 @@ class Run:
 
     def _evaluate(self) -> float:
         """Share of test images classified correctly, each rank doing its part; the same answer on all ranks."""
-        test, rank, world_size = self.dataset.test, self.comm.rank, self.comm.world_size
-        own = torch.arange(rank, len(test), world_size)
+        test, world_size = self.dataset.test, self.comm.world_size
         num_correct = 0
         self.model.eval()
-        with torch.no_grad():
-            for index in own.split(_EVALUATION_BATCH):
-                scores = self.model(self.dataset.normalise(test.images[index]))
-                num_correct += int((scores.argmax(dim=1) == test.labels[index]).sum())
+        with torch.no_grad(), closing(prefetch(evaluation_batches(test, self.comm.rank, world_size))) as batches:
+            for images, labels in batches:
+                num_correct += int((self.model(images).argmax(dim=1) == labels).sum())
         share = average(torch.tensor([num_correct], dtype=torch.float64), self.comm, what="evaluation")
         return round(share.item() * world_size) / len(test)
 
@@ -321,9 +322,9 @@ def _set_up(config: TrainConfig, comm: Transport) -> Run:
     run = config.identity()
     try:
         dataset = load_dataset(config.dataset, config.data_dir)
-        batches = ShardedBatches(dataset, config.batch_size, comm.rank, comm.world_size, config.seed)
+        batches = training_batches(dataset.train, config.batch_size, comm.rank, comm.world_size, config.seed)
         check_warmup(config, comm.world_size)
-        run |= {"images": [len(dataset.train), len(dataset.test)], "labels": dataset.train.labels}
+        run |= {"images": [len(dataset.train), len(dataset.test)], "samples": dataset.train.fingerprint}
         if comm.rank == 0:
             prepare_folder(config)
     except (ValueError, OSError) as caught:

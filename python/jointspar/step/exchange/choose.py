@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange.allreduce import allreduce
 from jointspar.step.exchange.interface import Exchange, Slices
-from jointspar.step.exchange.measure import Costs, measure
+from jointspar.step.exchange.measure import Costs, adds_up, measure
 from jointspar.step.exchange.ring import ring
 from jointspar.step.exchange.scratch import Scratch
 from jointspar.step.exchange.staged import Staged
@@ -74,16 +75,24 @@ class Chooser:
     def prepare(self, num_bytes: int) -> None:
         """Learn what the candidates cost, where there are several. Collective, once the ranks agreed on settings.
 
-        On a CUDA device they go through pinned host memory, except allreduce where the transport takes device memory.
+        On a CUDA device they go through pinned host memory, except allreduce where the transport takes device memory
+        and these ranks get the right sum of a trial.
         num_bytes: of the largest buffer.
         """
         if self._device.type == "cuda" and self._world_size > 1:
-            takes_cuda = self._transport.agree_on_cuda()
             for name, exchange in self._candidates.items():
-                if name != "allreduce" or not takes_cuda:
+                if name != "allreduce" or not self._takes_cuda(exchange):
                     self._candidates[name] = Staged(exchange)
         if len(self._candidates) > 1:
             self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes, self._device)
+
+    def _takes_cuda(self, exchange: Exchange) -> bool:
+        if not self._transport.agree_on_cuda():
+            return False
+        is_right = adds_up(exchange, self._transport, self._dtype, self._device)
+        if not is_right and self._transport.rank == 0:
+            warnings.warn(f"{self._transport.name}: a wrong sum of CUDA memory; staged through the host", stacklevel=2)
+        return is_right
 
     def choose(self, slices: Slices) -> str:
         """The name of the exchange for a buffer of these slices."""

@@ -56,8 +56,8 @@ def measure(
     """Time each candidate on buffers of growing length; the same costs on all ranks. Collective.
 
     num_bytes: of the largest buffer to come, the same on all ranks. device: where buffers are, default the CPU. From
-    16 KiB the buffer grows to that, or 32 MiB, or
-    on a slow link to less: no step up that does not promise to stay within 0.3 s.
+    16 KiB the buffer grows to that, or 32 MiB, or on a slow link to less: no step up that does not promise to stay
+    within 0.3 s.
     """
     longest = max(1, min(num_bytes, _LARGEST_BYTES) // dtype.itemsize)
     length = min(longest, _SMALLEST_BYTES // dtype.itemsize)
@@ -77,6 +77,18 @@ def measure(
     columns = np.array(times).T.tolist()
     seconds = {name: tuple(column) for name, column in zip(candidates, columns, strict=True)}
     return Costs(tuple(length * dtype.itemsize for length in lengths), seconds)
+
+
+def adds_up(exchange: Exchange, transport: Transport, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an exchange gave every rank the right sum of a small buffer. Collective; the same answer on all ranks."""
+    length, num_adding = 1000, 32  # sums stay whole numbers below 256, exact in every float dtype
+    pattern = torch.arange(length, device=device).remainder(8).to(dtype)
+    buffer = pattern * (transport.rank < num_adding)
+    exchange(transport, buffer, what="trying an exchange")
+    wait_for_stream(transport, device, what="trying an exchange")
+    is_right = torch.equal(buffer, pattern * min(transport.world_size, num_adding))
+    rows = transport.start_headers(np.array([is_right], dtype=np.int64), what="trying an exchange").wait()
+    return bool(rows.all())
 
 
 def _best_times(candidates: Mapping[str, Exchange], transport: Transport, buffer: torch.Tensor) -> np.ndarray:

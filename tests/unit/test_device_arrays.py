@@ -1,0 +1,48 @@
+"""Streams that arrays name: in order with torch's, shown with stand-ins for CUDA's streams."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jointspar.backends.on_device import OnDevice
+from jointspar.device_arrays import Place, named_stream
+
+
+class Interface:
+    def __init__(self, **entries):
+        self.__cuda_array_interface__ = {"version": 3} | entries
+
+
+@pytest.fixture
+def diary(monkeypatch):
+    """What happened, in order; "torch" is torch's current stream, 7 the one that the array names."""
+    entries = []
+
+    def stream(name):
+        return SimpleNamespace(
+            name=name, cuda_stream=1, wait_stream=lambda other: entries.append(f"{name} waits for {other.name}")
+        )
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream("torch"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: stream(handle))
+    monkeypatch.setattr(
+        "jointspar.backends.on_device.empty", lambda place, size, dtype: entries.append("new result") or "result"
+    )
+    return entries
+
+
+def test_a_named_stream_is_that_of_the_interface_and_no_tensor_has_one():
+    assert named_stream(Interface(stream=7)) == 7
+    assert [named_stream(array) for array in (Interface(stream=None), Interface(), torch.ones(1), None)] == [None] * 4
+
+
+@pytest.mark.parametrize(("array", "handle"), [(Interface(stream=7), 7), (Interface(), 1)])
+def test_work_on_a_named_stream_comes_between_the_work_of_torch(array, handle, diary):
+    def squared_norms(grads, sizes, norms, *, device, stream):
+        diary.append(f"launch on {stream}")
+
+    served = OnDevice(SimpleNamespace(squared_norms=squared_norms), Place(0, "torch"), array)
+    assert served.squared_norms([array], None) == "result"
+    launch = ["7 waits for torch", "launch on 7", "torch waits for 7"] if handle == 7 else ["launch on 1"]
+    assert diary == ["new result", *launch]
