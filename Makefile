@@ -5,7 +5,6 @@ DEMO_OUT ?= runs/demo
 CPP_BUILD := build/cpp-tests
 MPICH_VENV ?= .venv-mpich
 PYTEST_WORKERS ?= 2
-FAULTS_SCALE ?= 1.0
 FUZZ_SECONDS ?= 60
 SANITIZE_BUILD := build/sanitize
 SANITIZED := ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -35,7 +34,7 @@ CPP_FILES = $(shell find csrc jointspar_ext tests bench -name '*.cpp' -o -name '
 help:
 	@echo "make demo     train with JointSpar-LARS on 2 MPI ranks, results in $(DEMO_OUT)"
 	@echo "make test     build, then run the C++ and the Python tests"
-	@echo "make test-faults     inject faults into jobs under Open MPI and MPICH (FAULTS_SCALE=0.1: a tenth of them)"
+	@echo "make test-faults     inject faults into jobs under Open MPI and MPICH (FAULTS_ARGS='--scale 0.1': a tenth)"
 	@echo "make test-mutations  take checks out, one by one, and see that tests notice"
 	@echo "make test-sanitize   C++ and operation tests under AddressSanitizer and UBSan"
 	@echo "make fuzz     random arguments, headers and files for FUZZ_SECONDS=60"
@@ -96,10 +95,10 @@ $(MPICH_VENV)/.stamp: $(VENV)/.stamp-project
 
 test-faults: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== faults: checkpoints, Open MPI, MPICH; counts in tests/faults/REPORT.md"
-	@$(VENV)/bin/python tests/faults/checkpoints.py --scale $(FAULTS_SCALE) --out tests/faults
-	@$(VENV)/bin/python tests/faults/campaign.py --scale $(FAULTS_SCALE) --name "Open MPI" --out tests/faults
+	@$(VENV)/bin/python tests/faults/checkpoints.py $(FAULTS_ARGS)
+	@$(VENV)/bin/python tests/faults/campaign.py --name "Open MPI" $(FAULTS_ARGS)
 	@if $(MAKE) $(MPICH_VENV)/.stamp; then PATH="$(abspath $(MPICH_VENV))/bin:$$PATH" $(MPICH_VENV)/bin/python \
-	    tests/faults/campaign.py --scale $(FAULTS_SCALE) --name MPICH --out tests/faults; \
+	    tests/faults/campaign.py --name MPICH $(FAULTS_ARGS); \
 	  else echo "== faults: MPICH skipped, since it could not be installed"; fi
 
 test-mutations: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
@@ -119,7 +118,7 @@ test-sanitize: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	    $(SANITIZE_TESTS) -k "not numba and not reference" $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.stamp-project
-	@$(VENV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+	@$(VENV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 lint: $(VENV)/.stamp-project $(VENV)/.stamp-extra-dev $(VENV)/.stamp-extra-test
 	@ruff check .

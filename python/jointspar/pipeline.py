@@ -207,9 +207,9 @@ class Pipeline:
                 self.drawn, self.sampling, step=self.step_count, rank=self.comm.rank, world_size=self.comm.world_size
             )
             self.backward.activate(self.layers.wanted_parameters(self.active))
-        shared = None if self.sampling.strategy == "independent" else stable_hash(self.drawn)
+        alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}
         sent_before = self.comm.bytes_sent
-        self.agreement.post_plan(self.step_count, self.active, shared)
+        self.agreement.post_plan(self.step_count, self.active, stable_hash(alike[self.sampling.strategy]))
         self.stats.sent_bytes += self.comm.bytes_sent - sent_before
 
     @property

@@ -6,18 +6,22 @@ python tests/faults/mutations.py [--only 0 3] [--out tests/faults]
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+import report
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("python", "jointspar_ext", "tests")
 PACKAGE = "python/jointspar"
+EXITS = "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase"
+SURVIVED = "tests/faults/test_faults.py::test_differences_are_named_and_the_rest_is_survived_with_right_sums"
 
 
 class Mutation(NamedTuple):
@@ -64,7 +68,7 @@ MUTATIONS = (
         f"{PACKAGE}/comm/process.py",
         "self._meet_at_exit()\n",
         "pass\n",
-        "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase",
+        f"{EXITS}[mpirun-leave_before_an_optimizer_is_built]",
     ),
     Mutation(
         "an uncaught exception does not abort",
@@ -120,7 +124,14 @@ MUTATIONS = (
         f"{PACKAGE}/pipeline.py",
         "exchanged.is_finite = exchanged.has_finite_norms()\n        exchanged.lesson",
         "exchanged.is_finite = True\n        exchanged.lesson",
-        "tests/mpi/test_training.py::test_two_ranks_compute_what_the_formulas_say_and_stay_together",
+        SURVIVED,
+    ),
+    Mutation(
+        "a draw that all ranks must share is not compared",
+        f"{PACKAGE}/pipeline.py",
+        '"shared": [self.drawn, self.active]',
+        '"shared": [self.drawn]',
+        SURVIVED,
     ),
     Mutation(
         "the plan is forgotten when a step raises",
@@ -133,36 +144,47 @@ MUTATIONS = (
 
 
 def outcome(mutation: Mutation) -> str:
-    """ "found" where the test fails with the mutation."""
+    """ "found" where the test fails with the mutation, and only with it."""
+    if (code := pytest_code(mutation.test)) != 0:
+        return f"not tried: without it pytest ended with {code}"
+    code = pytest_code(mutation.test, mutation)
+    return {0: "NOT FOUND", 1: "found"}.get(code, f"pytest ended with {code}")
+
+
+@cache
+def pytest_code(test: str, mutation: Mutation | None = None) -> int:
+    """Of the test in a copy of the sources, with the mutation in it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in FOLDERS:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        file = copy / mutation.file
-        source = file.read_text()
-        if source.count(mutation.old) != 1:
-            return f"not applied: {source.count(mutation.old)} places"
-        file.write_text(source.replace(mutation.old, mutation.new))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+        if mutation is not None:
+            file = copy / mutation.file
+            source = file.read_text()
+            if source.count(mutation.old) != 1:
+                raise SystemExit(f"{mutation.what}: not one place in {mutation.file}, but {source.count(mutation.old)}")
+            file.write_text(source.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(copy / "python"), str(copy)])}
-        code = subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False, timeout=900).returncode
-    return {0: "NOT FOUND", 1: "found"}.get(code, f"pytest ended with {code}")
+        return subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False, timeout=900).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
-    parser.add_argument("--out", type=Path, help="folder of mutations.json")
+    parser.add_argument("--out", type=Path, help="folder of report.json and REPORT.md")
     options = parser.parse_args()
-    outcomes = {}
+    commit, is_good = report.commit(), True
     for number, mutation in enumerate(MUTATIONS):
         if options.only is None or number in options.only:
-            outcomes[mutation.what] = {"test": mutation.test, "outcome": outcome(mutation)}
-            print(f"{number}: {mutation.what}: {outcomes[mutation.what]['outcome']}", flush=True)
-    if options.out:
-        (options.out / "mutations.json").write_text(json.dumps(outcomes, indent=1) + "\n")
-    return int(any(entry["outcome"] != "found" for entry in outcomes.values()))
+            found = outcome(mutation)
+            is_good &= found == "found"
+            print(f"{number}: {mutation.what}: {found}", flush=True)
+            if options.out:
+                figures = {"test": mutation.test, "outcome": found, "commits": [commit]}
+                report.add(options.out, report.MUTATIONS, mutation.what, figures)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Random input to what reads memory, headers and files that others wrote: every outcome is a result or a named error.
 
-    python tests/fuzz/fuzz.py [--seconds 60 | --count 10000] [--seed 0] [--targets pack unpack headers ...]
+    python tests/fuzz/fuzz.py [--seconds 60 | --count 10000] [--seed 0] [--targets pack ...] [--add-to tests/faults]
 
 Prints the seed of an input before the error that it caused; `--seed N --count 1` repeats it. A crash of the process is
 reported by faulthandler, and by AddressSanitizer under `make test-sanitize`.
@@ -19,14 +19,18 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 import numpy as np
 import torch
 from torch import nn
 
 import jointspar as js
+import report
 from jointspar import ops
 from jointspar.checkpoint import _digest_of
 from jointspar.comm.header import Agreement
@@ -152,20 +156,40 @@ def headers(r: random.Random) -> None:
             agreed.compare_digests(step, np.zeros(num_layers + 1, dtype=np.int64))
 
 
-def build() -> tuple[nn.Module, js.JointSparLARS]:
+@cache
+def built() -> tuple[nn.Module, js.JointSparLARS]:
+    """Every input is loaded into these two, for speed."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     return model, js.JointSparLARS(model.named_parameters(), comm=js.comm.local())
 
 
-def load_or_refuse(folder: Path) -> bool:
-    """Whether it loads; where it does not, nothing may have changed."""
-    model, optimizer = build()
+@cache
+def sound_files() -> dict[str, bytes]:
+    """The files of a checkpoint, by path."""
+    model, optimizer = built()
+    with tempfile.TemporaryDirectory() as name:
+        folder = js.checkpoint.save(name, model=model, optimizer=optimizer)
+        return {f"{folder.name}/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def load_or_refuse(files: dict[str, bytes]) -> bool:
+    """Whether a checkpoint of these files loads; where it does not, nothing may have changed."""
+    with tempfile.TemporaryDirectory() as name:
+        for path, data in files.items():
+            Path(name, path).parent.mkdir(exist_ok=True)
+            Path(name, path).write_bytes(data)
+        return _load_or_refuse(Path(name))
+
+
+def _load_or_refuse(folder: Path) -> bool:
+    model, optimizer = built()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             js.checkpoint.load(folder, model=model, optimizer=optimizer)
+            built.cache_clear()  # so that an input's outcome depends on no other input
             return True
         except CheckpointError:
             unchanged = zip(before, model.parameters(), strict=True)
@@ -191,16 +215,13 @@ def mutate(r: random.Random, data: bytes) -> bytes:
 
 def checkpoint(r: random.Random) -> None:
     """Damaged bytes: never loaded, unless they are the same bytes."""
-    model, optimizer = build()
-    with tempfile.TemporaryDirectory() as name:
-        folder = js.checkpoint.save(name, model=model, optimizer=optimizer)
-        file = r.choice(sorted(folder.iterdir()))
-        data = file.read_bytes()
-        damaged = mutate(r, data)
-        file.write_bytes(damaged)
-        is_loaded = load_or_refuse(Path(name))
-        means_the_same = file.suffix == ".json" and _same_json(data, damaged)
-        assert not is_loaded or damaged == data or means_the_same, "a damaged checkpoint was loaded"
+    files = dict(sound_files())
+    path = r.choice(list(files))
+    data = files[path]
+    files[path] = damaged = mutate(r, data)
+    is_loaded = load_or_refuse(files)
+    means_the_same = path.endswith(".json") and _same_json(data, damaged)
+    assert not is_loaded or damaged == data or means_the_same, "a damaged checkpoint was loaded"
 
 
 def _same_json(first: bytes, second: bytes) -> bool:
@@ -211,56 +232,70 @@ def _same_json(first: bytes, second: bytes) -> bool:
 
 def forged(r: random.Random) -> None:
     """Files whose digests are right, but whose content is not: loaded or refused, and no crash."""
-    model, optimizer = build()
-    with tempfile.TemporaryDirectory() as name:
-        folder = js.checkpoint.save(name, model=model, optimizer=optimizer)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if r.random() < 0.5:
-            key = r.choice(sorted(manifest))
-            manifest[key] = r.choice([None, 0, -1, 2**70, "x", [], {}, [manifest[key]], {"x": manifest[key]}, 0.5])
-        else:
-            file = r.choice(sorted(manifest["files"]))
-            (folder / file).write_bytes(mutate(r, (folder / file).read_bytes()))
-            manifest["files"][file] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        manifest["digest"] = _digest_of(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        load_or_refuse(Path(name))
+    files = dict(sound_files())
+    manifest_path = next(path for path in files if path.endswith("manifest.json"))
+    manifest = json.loads(files[manifest_path])
+    if r.random() < 0.5:
+        key = r.choice(sorted(manifest))
+        manifest[key] = r.choice([None, 0, -1, 2**70, "x", [], {}, [manifest[key]], {"x": manifest[key]}, 0.5])
+    else:
+        name = r.choice(sorted(manifest["files"]))
+        path = str(Path(manifest_path).with_name(name))
+        files[path] = mutate(r, files[path])
+        manifest["files"][name] = hashlib.sha256(files[path]).hexdigest()
+    manifest["digest"] = _digest_of(manifest)
+    files[manifest_path] = json.dumps(manifest).encode()
+    load_or_refuse(files)
 
 
 TARGETS = {"pack": pack, "unpack": unpack, "headers": headers, "checkpoint": checkpoint, "forged": forged}
 
 
-def run(names: list[str], first_seed: int, is_over: Callable[[int], bool]) -> dict[str, int]:
-    """Each target in turn with one seed after the other; how many inputs each had."""
-    counts = dict.fromkeys(names, 0)
+def run(name: str, first_seed: int, is_over: Callable[[int], bool]) -> int:
+    """One target with one seed after the other; how many inputs it had."""
     seed = first_seed
     while not is_over(seed - first_seed):
-        for name in names:
-            try:
-                TARGETS[name](random.Random(f"{name} {seed}"))
-            except BaseException:
-                print(f"fuzz: target {name}, seed {seed}", file=sys.stderr, flush=True)
-                raise
-            counts[name] += 1
+        try:
+            TARGETS[name](random.Random(f"{name} {seed}"))
+        except BaseException:
+            print(f"fuzz: target {name}, seed {seed}", file=sys.stderr, flush=True)
+            raise
         seed += 1
-    return counts
+    return seed - first_seed
+
+
+def add_to_report(folder: Path, name: str, inputs: int, seconds: float) -> None:
+    known = report.read(folder).get(report.FUZZ, {}).get(name, {"inputs": 0, "seconds": 0.0, "commits": []})
+    commits = sorted({*known["commits"], report.commit()})
+    figures = {"inputs": known["inputs"] + inputs, "failures": 0, "seconds": round(known["seconds"] + seconds, 1)}
+    report.add(folder, report.FUZZ, name, figures | {"commits": commits})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, default=60.0)
+    length.add_argument("--seconds", type=float, default=60.0, help="of all targets together")
     length.add_argument("--count", type=int, help="inputs for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--add-to", type=Path, metavar="FOLDER", help="of a report: begin behind its inputs, and add")
     options = parser.parse_args()
     faulthandler.enable()
     torch.set_num_threads(1)
-    end = time.monotonic() + options.seconds
-    count = options.count
-    is_over = (lambda done: done >= count) if count is not None else (lambda _: time.monotonic() > end)
-    print("fuzz: no failure in", run(options.targets, options.seed, is_over), "inputs")
+    count, seconds = options.count, options.seconds / len(options.targets)
+    for name in options.targets:
+        known = report.read(options.add_to).get(report.FUZZ, {}).get(name, {}) if options.add_to else {}
+        began = time.monotonic()
+        is_over = partial(_is_over, count, began + seconds)
+        inputs = run(name, options.seed + known.get("inputs", 0), is_over)
+        if options.add_to:
+            add_to_report(options.add_to, name, inputs, time.monotonic() - began)
+        print(f"fuzz: {name}: no failure in {inputs} inputs", flush=True)
     return 0
+
+
+def _is_over(count: int | None, end: float, done: int) -> bool:
+    return done >= count if count is not None else time.monotonic() > end
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def fault():
 
 
 def leave_before_an_optimizer_is_built():
+    js.JointSparSGD(make_model().named_parameters(), comm=js.comm.local())  # torch's first one imports for seconds
     comm = js.comm.world()
     if comm.rank == 1:
         fault()
@@ -78,21 +79,19 @@ def leave_when_the_others_build_a_larger_optimizer():
     js.JointSparSGD(make_model(100).named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("program", "text"),
-    [
-        (leave_before_an_optimizer_is_built, "rank 0: construction of an optimizer; rank 1: exit of the process"),
-        (leave_when_the_others_save, "rank 0: save at step 2; rank 1: finish at step 2"),
-        (leave_when_the_others_average, "rank 0: average at step 1; rank 1: finish at step 1"),
-        (
-            leave_when_the_others_build_a_larger_optimizer,
-            "rank 0: construction of an optimizer; rank 1: exit of the process",
-        ),
-    ],
-)
-def test_a_rank_that_exits_early_ends_the_job_in_every_phase(run_ranks, tmp_path, program, text):
+WHO_DOES_WHAT = {
+    leave_before_an_optimizer_is_built: "rank 0: construction of an optimizer; rank 1: exit of the process",
+    leave_when_the_others_save: "rank 0: save at step 2; rank 1: finish at step 2",
+    leave_when_the_others_average: "rank 0: average at step 1; rank 1: finish at step 1",
+    leave_when_the_others_build_a_larger_optimizer: "rank 0: construction of an optimizer; rank 1: exit of the process",
+}
+
+
+@pytest.mark.parametrize("program", WHO_DOES_WHAT, ids=lambda program: program.__name__)
+def test_a_rank_that_exits_early_ends_the_job_in_every_phase(run_ranks, tmp_path, program):
     job = run_ranks(2, program, expect_code=None, env={"RESULT": str(tmp_path)})
-    assert f"DesyncError: rank 0: the ranks are about to do different things: {text}" in job.output
+    text = f"DesyncError: rank 0: the ranks are about to do different things: {WHO_DOES_WHAT[program]}"
+    assert text in job.output
     assert job.seconds_after("FAULT") < 5
 
 
@@ -162,7 +161,7 @@ def count_threads():
 
 @pytest.mark.parametrize("launcher", ["torchrun"], indirect=True)
 def test_closing_ends_the_threads_of_the_groups(run_ranks):
-    """One that outlives the interpreter's end can bring the process down there."""
+    """So that none is left when the interpreter ends."""
     run_ranks(2, count_threads)
 
 

@@ -520,6 +520,24 @@ def probabilities_differ():
     _expect_desync(two_steps)
 
 
+def shared_draws_differ():
+    rank = js.comm.world().rank
+    model = make_model()
+    sampling = js.Sampling(strategy="shared", distribution="uniform")
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
+
+    def two_steps():
+        for step in range(2):
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == 1:  # a memory error, say
+                    patch.setattr("jointspar.pipeline.draw_layers", lambda p, *_, **__: np.ones(p.size, dtype=bool))
+                optimizer.zero_grad()
+                backward(model, batch_of(step, rank))
+                optimizer.step()
+
+    _expect_desync(two_steps)
+
+
 def one_saves_and_one_steps():
     rank = js.comm.world().rank
     model = make_model()
@@ -556,7 +574,8 @@ DIFFERENCES = {
     clipping_differs: "hyperparameters, or which parameters are frozen differ",
     one_freezes_a_layer: "hyperparameters, or which parameters are frozen differ",
     states_remember_other_measurements: "the chosen exchange, ",
-    probabilities_differ: "probabilities differ",
+    probabilities_differ: "the shared probabilities or draws differ",
+    shared_draws_differ: "the shared probabilities or draws differ",
     one_saves_and_one_steps: "rank 0: step 0 exchange; rank 1: save at step 0",
     loaders_have_ten_and_thirteen_batches: "finish",
 }

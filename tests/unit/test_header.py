@@ -109,7 +109,7 @@ def test_plans_bring_every_rank_the_active_layers_of_all(world_size, num_layers)
 
     def program(transport):
         agreed = agreement(transport, num_layers=num_layers)
-        agreed.post_plan(7, active[transport.rank], probabilities_hash=99)
+        agreed.post_plan(7, active[transport.rank], shared_hash=99)
         plan = agreed.wait_plan()
         assert plan.dtype == bool
         return plan
@@ -190,11 +190,11 @@ def test_a_plan_of_another_step_or_other_probabilities_is_refused_on_all_ranks()
 
     def other_probabilities(transport):
         agreed = agreement(transport)
-        agreed.post_plan(4, np.zeros(3, dtype=bool), probabilities_hash=1 + transport.rank // 2)
+        agreed.post_plan(4, np.zeros(3, dtype=bool), shared_hash=1 + transport.rank // 2)
         agreed.wait_plan()
 
     assert all("rank 0: step 4 plan; rank 1: step 5 plan" in message for message in failures(2, other_step))
-    expected = "step 4 plan: the shared probabilities differ: ranks 2, 3 against rank 0"
+    expected = "step 4 plan: the shared probabilities or draws differ: ranks 2, 3 against rank 0"
     assert all(expected in message for message in failures(4, other_probabilities))
 
 

@@ -97,10 +97,10 @@ class Agreement:
         """The step of the last posted plan."""
         return self._step
 
-    def post_plan(self, step: int, active: np.ndarray, probabilities_hash: int | None = None) -> None:
+    def post_plan(self, step: int, active: np.ndarray, shared_hash: int | None = None) -> None:
         """Start telling the others which layers this rank computes in `step`; returns at once.
 
-        active: bool [num_layers]. probabilities_hash: of the probabilities where they are shared by all ranks.
+        active: bool [num_layers]. shared_hash: of the probabilities and the draw, where they are the same on all ranks.
         A plan that nobody asked for is replaced: after a load another step is planned.
         """
         self._check_open()
@@ -112,7 +112,7 @@ class Agreement:
         if self._transport.world_size == 1:
             self._plan = active[None].copy()
             return
-        words = self._words(Op.PLAN, step, probabilities_hash or 0)
+        words = self._words(Op.PLAN, step, shared_hash or 0)
         bits = np.packbits(active, bitorder="little")
         words[NUM_FIXED:].view(np.uint8)[: bits.size] = bits
         self._pending_plan = self._transport.start_headers(words, what=describe(Op.PLAN, step))
@@ -205,7 +205,7 @@ class Agreement:
             return
         pending, self._pending_plan = self._pending_plan, None
         rows = pending.wait()
-        self._compare(rows, describe(Op.PLAN, self._step), "the shared probabilities differ")
+        self._compare(rows, describe(Op.PLAN, self._step), "the shared probabilities or draws differ")
         bits = np.ascontiguousarray(rows[:, NUM_FIXED:]).view(np.uint8)
         self._plan = np.unpackbits(bits, axis=1, bitorder="little")[:, : len(self._layer_names)].astype(bool)
 
