@@ -1,6 +1,7 @@
-"""Compares two result files of `jointspar bench ops` by their ratios, which hold although machines drift.
+"""Compares two result files of `jointspar bench ops`, or two of `step`, by ratios, which hold although machines drift.
 
-Worse means that a ratio of one of our variants (to the best peer, or to the machine's limit) fell by more than 10%.
+Worse means that a ratio of one of our variants fell by more than 10%: to the best peer, to the machine's limit, or to
+the plain dense step.
 Exit code 0: nothing is worse; 1: something is; 2: the files cannot be compared.
 """
 
@@ -13,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from results import SCHEMA
+from results import SCHEMA, STEP_SCHEMA
 
-RATIOS = {"speedup": "over the best peer", "of_limit": "of the limit"}
+SCHEMAS = (SCHEMA, STEP_SCHEMA)
+RATIOS = {"speedup": "over the best peer", "of_limit": "of the limit", "of_plain": "of the plain step's speed"}
 LARGEST_FALL = 0.10
 
-Key = tuple[str, ...]  # operation, case, dtype, threads, variant, ratio
+Key = tuple[str, ...]  # operation, case, dtype, threads, variant, ratio; or model, ranks, variant, ratio
 
 
 class Change(NamedTuple):
@@ -61,8 +63,9 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     schema = record.get("schema") if isinstance(record, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: has schema {schema!r}; this version compares {SCHEMA!r}: measure again")
+    if schema not in SCHEMAS:
+        known = " and ".join(map(repr, SCHEMAS))
+        raise ValueError(f"{path}: has schema {schema!r}; this version compares {known}: measure again")
     if record["quick"]:
         raise ValueError(f"{path}: comes from --quick, which measures nothing")
     return record
@@ -70,10 +73,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def report(old: dict[str, Any], new: dict[str, Any]) -> int:
     """Print what changed; returns the exit code. Raises ValueError where the files have no ratio in common."""
+    if old["schema"] != new["schema"]:
+        raise ValueError(f"the files are of two benchmarks: {old['schema']!r} and {new['schema']!r}")
     before, after = dict(ratios(old)), dict(ratios(new))
     changes = [Change(key, before[key], after[key]) for key in before if key in after]
     if not changes:
-        raise ValueError("the files have no operation, case and variant in common")
+        raise ValueError("the files have no ratio in common: other operations, models or variants")
     for name in ("processor", "cores"):
         if old["machine"][name] != new["machine"][name]:
             print(f"note: another machine: {name} {old['machine'][name]} -> {new['machine'][name]}")
@@ -89,11 +94,17 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> int:
 def ratios(record: dict[str, Any]) -> Iterator[tuple[Key, float]]:
     """The medians of our variants; a peer that became slower is no fault of ours."""
     for cell in record["cells"]:
-        place = (cell["operation"], cell["case"], cell["dtype"], f"threads {cell['threads']}")
         for row in cell["variants"]:
             for name in RATIOS:
-                if row["role"] == "ours" and row[name] is not None:
-                    yield (*place, row["variant"], name), row[name]["median"]
+                if row["role"] == "ours" and row.get(name) is not None:
+                    yield (*_place(cell), row["variant"], name), row[name]["median"]
+
+
+def _place(cell: dict[str, Any]) -> Key:
+    """What was measured, apart from the variant."""
+    if "model" in cell:
+        return cell["model"], f"ranks {cell['ranks']}"
+    return cell["operation"], cell["case"], cell["dtype"], f"threads {cell['threads']}"
 
 
 if __name__ == "__main__":

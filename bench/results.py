@@ -22,6 +22,7 @@ from limits import compiler
 from operation import Case, Traffic, Variant
 
 SCHEMA = "jointspar-bench-ops/1"
+STEP_SCHEMA = "jointspar-bench-step/1"
 PACKAGES = ("torch", "numpy", "scipy", "numba")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,10 +84,12 @@ def _bracketed(values: Mapping[str, float], form: str) -> str:
     return f"{values['median']:{form}} [{values['p10']:{form}}, {values['p90']:{form}}]"
 
 
-def new_record(what: str, arguments: Sequence[str], options: argparse.Namespace, left_out: dict[str, str]) -> Record:
+def new_record(
+    what: str, arguments: Sequence[str], options: argparse.Namespace, left_out: dict[str, str], schema: str = SCHEMA
+) -> Record:
     """All that is known before the first measurement."""
     return {
-        "schema": SCHEMA,
+        "schema": schema,
         "command": " ".join(["jointspar bench", what, *arguments]),
         "quick": options.quick,
         "rounds": options.rounds,

@@ -84,7 +84,7 @@ def run_job(command: list[str], timeout: float, env: dict[str, str] | None = Non
 
 def try_job(command: list[str], timeout: float, env: dict[str, str] | None = None) -> Finished:
     """A job with an end, one way or the other."""
-    paths = [str(_ROOT / "python"), str(_ROOT), str(_ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [*(str(_ROOT / folder) for folder in ("python", "", "tests", "bench")), os.environ.get("PYTHONPATH", "")]
     mark = uuid.uuid4().hex
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
     environment["JOINTSPAR_TEST_JOB"] = mark

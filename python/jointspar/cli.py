@@ -30,7 +30,8 @@ class _Benchmark(NamedTuple):
 _BENCHMARKS = {
     "ops": _Benchmark("ops.py", "the operations against PyTorch, NumPy and the machine's limit"),
     "backward": _Benchmark("step/active_backward.py", "forward and backward at several budgets: time, bytes kept"),
-    "compare": _Benchmark("compare.py", "two result files of ops: which ratios got worse"),
+    "step": _Benchmark("steps.py", "training iterations by phase, against DDP and its hooks: time, bytes sent"),
+    "compare": _Benchmark("compare.py", "two result files of ops, or of step: which ratios got worse"),
 }
 
 

@@ -1,0 +1,141 @@
+"""What others do: LARS by `torch._foreach_*`, top-k with error feedback, and DistributedDataParallel with its hooks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+POWERSGD_RANK = 2
+POWERSGD_START = 2  # iterations that are summed without compression; torch's smallest
+TOPK_FRACTION = 0.01
+
+Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
+
+
+class ForeachLars(torch.optim.Optimizer):
+    """LARS with momentum by `torch._foreach_*`, the formula of `jointspar.ops.lars_update`.
+
+    Tensors of one dimension are neither adapted nor decayed. Overwrites gradients, which saves a copy of them.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float,
+        eps: float,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps
+        )
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param, requires_grad=False)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            self._adapt([param for param in params if param.ndim >= 2], group)
+            grads = [param.grad for param in params]
+            momenta = [self.state[param]["momentum_buffer"] for param in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, grads)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+    def _adapt(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """grad <- local * (grad + weight_decay * w), with LARS's local rate of each tensor."""
+        if not params:
+            return
+        grads = [param.grad for param in params]
+        param_norms = torch.stack(torch._foreach_norm(params))
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        local = param_norms / (grad_norms + group["weight_decay"] * param_norms + group["eps"])
+        local = torch.where((param_norms > 0) & (grad_norms > 0), group["trust_coefficient"] * local, 1.0)
+        torch._foreach_add_(grads, params, alpha=group["weight_decay"])
+        torch._foreach_mul_(grads, local.tolist())
+
+
+class TopK:
+    """Top-k with error feedback over a torch.distributed group.
+
+    Each rank sends, of each tensor, the `fraction` of entries that are largest in gradient plus residual, as values and
+    positions; what it does not send stays in the residual. params: contiguous float32.
+    Source: Stich, Cordonnier & Jaggi 2018, "Sparsified SGD with Memory".
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor], group: dist.ProcessGroup, fraction: float) -> None:
+        self._params, self._group = list(params), group
+        self._world_size = dist.get_world_size(group)
+        sizes = [param.numel() for param in self._params]
+        num_kept = [max(1, round(fraction * size)) for size in sizes]
+        self.residual = torch.zeros(sum(sizes))
+        self._residuals = self.residual.split(sizes)
+        self._offsets = [sum(sizes[:position]) for position in range(len(sizes))]
+        self._magnitudes = torch.zeros(max(sizes))
+        self._values, self._positions = torch.zeros(sum(num_kept)), torch.zeros(sum(num_kept), dtype=torch.int32)
+        self._kept = list(zip(self._values.split(num_kept), self._positions.split(num_kept), strict=True))
+        self._all_values = [torch.zeros_like(self._values) for _ in range(self._world_size)]
+        self._all_positions = [torch.zeros_like(self._positions) for _ in range(self._world_size)]
+        self._mean_grad = torch.zeros(sum(sizes))
+        self._mean_grads = [
+            part.view(param.shape) for part, param in zip(self._mean_grad.split(sizes), self._params, strict=True)
+        ]
+
+    @torch.no_grad()
+    def select(self) -> None:
+        """Move the largest entries of gradients plus residuals into the buffers that are sent."""
+        for param, residual, offset, (values, positions) in zip(
+            self._params, self._residuals, self._offsets, self._kept, strict=True
+        ):
+            assert param.grad is not None
+            residual.add_(param.grad.view(-1))
+            magnitudes = torch.abs(residual, out=self._magnitudes[: residual.numel()])
+            chosen = torch.topk(magnitudes, values.numel(), sorted=False).indices
+            torch.index_select(residual, 0, chosen, out=values)
+            residual[chosen] = 0.0
+            positions.copy_(chosen.add_(offset))
+
+    def exchange(self) -> None:
+        """Gather what all ranks selected."""
+        dist.all_gather(self._all_values, self._values, group=self._group)
+        dist.all_gather(self._all_positions, self._positions, group=self._group)
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Make the mean of what was gathered the parameters' gradients."""
+        self._mean_grad.zero_()
+        for values, positions in zip(self._all_values, self._all_positions, strict=True):
+            self._mean_grad.index_add_(0, positions, values, alpha=1.0 / self._world_size)
+        for param, mean_grad in zip(self._params, self._mean_grads, strict=True):
+            param.grad = mean_grad
+
+
+def data_parallel(model: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
+    """DDP as fast as it goes: gradients are views of its buckets; buffers stay each rank's own, as with our methods."""
+    with warnings.catch_warnings():  # a later name of broadcast_buffers is not known to all versions of torch
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+
+def hook_of(name: str, group: dist.ProcessGroup) -> tuple[Any, Hook]:
+    """The state and the communication hook "bf16", "fp16" or "powersgd", for `register_comm_hook`."""
+    if name == "powersgd":
+        state = powerSGD_hook.PowerSGDState(
+            group, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=POWERSGD_START
+        )
+        return state, powerSGD_hook.powerSGD_hook
+    return group, {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}[name]

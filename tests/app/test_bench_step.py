@@ -1,0 +1,143 @@
+"""The benchmark of training iterations: its quick form, its ratios, and how two of its files are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import compare
+import steps
+from jobs import find_launcher
+from jointspar import cli
+from results import SCHEMA, STEP_SCHEMA
+from step import jobs as step_jobs
+from step.methods import METHODS, PHASES, Laps
+from step.summary import cell_of, table
+
+
+def sample(turn: int, method: str, ms: float, sent_bytes: float | None = None) -> dict[str, Any]:
+    """What a worker says of a method in one round, all of the time in forward."""
+    phases = dict.fromkeys(PHASES, 0.0) | {"forward": ms}
+    return {"round": turn, "method": method, "ms": ms, "phases": phases, "sent_bytes": sent_bytes,
+            "interface_bytes": 8e6}  # fmt: skip
+
+
+def result(*samples: dict[str, Any]) -> dict[str, Any]:
+    transports = {"jointspar": "mpi", "peers": "gloo"}
+    return {"case": "lenet5, 4 x 1", "world_size": 2, "threads": 1, "iterations": 1, "transports": transports,
+            "samples": list(samples)}  # fmt: skip
+
+
+def rows_of(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in cell["variants"]}
+
+
+def test_quick_run_times_every_method_and_writes_its_results(tmp_path: Path) -> None:
+    find_launcher("mpirun")  # skips, or fails under `make test`, where there is no MPI
+    assert cli.main(["bench", "step", "--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*-step-quick.json")
+    record = json.loads(path.read_text())
+    assert record["schema"] == STEP_SCHEMA and record["quick"]
+    assert record["command"].startswith("jointspar bench step --quick")
+    assert {"processor", "cores", "load_average"} <= record["machine"].keys()
+    assert {"torch", "numpy", "jointspar", "python"} <= record["versions"].keys()
+    (cell,) = record["cells"]
+    assert (cell["model"], cell["ranks"]) == ("lenet5", 2)
+    rows = rows_of(cell)
+    assert rows.keys() == METHODS.keys()
+    for row in rows.values():
+        assert row["ms"]["median"] == pytest.approx(sum(row["phases"].values()), rel=1e-3)
+        assert row["wire_bytes"]["median"] > 0
+        counted_by = "transport" if row["role"] in ("ours", "floor") else "interface"
+        assert row["wire_bytes_counted_by"] == counted_by
+    assert rows["ddp"]["wire_bytes"]["median"] > 1.5 * rows["ddp_bf16"]["wire_bytes"]["median"]
+    assert table(cell).startswith("lenet5, 4 x 3x32x32; 2 ranks, 1 thread each; mpi")
+    with Image.open(path.with_suffix(".png")) as image:
+        assert image.format == "PNG"
+    assert compare.main([str(path), str(path)]) == 2  # a quick run measures nothing
+
+
+def test_ratios_are_formed_within_a_round_against_the_fastest_dense_peer_and_plain() -> None:
+    rounds = [1.0, 10.0, 100.0]  # the machine slows down; the ratios stay
+    times = {"ddp": 8.0, "ddp_bf16": 6.0, "topk": 1.0, "plain": 3.0, "jointspar_1.0": 4.0}
+    cell = cell_of("m", result(*(sample(turn, name, ms * slow) for turn, slow in enumerate(rounds)
+                                 for name, ms in times.items())))  # fmt: skip
+    assert cell["best_dense"] == "ddp_bf16"
+    ours = rows_of(cell)["jointspar_1.0"]
+    assert ours["speedup"] == {"median": 1.5, "p10": 1.5, "p90": 1.5, "rounds": 3}
+    assert ours["of_plain"] == {"median": 0.75, "p10": 0.75, "p90": 0.75, "rounds": 3}
+    assert ours["phases"]["forward"] == 40.0
+
+
+def test_bytes_are_the_transports_where_it_counts_and_else_the_interfaces() -> None:
+    cell = cell_of("m", result(sample(0, "ddp", 1.0), sample(0, "stratified_0.5", 1.0, sent_bytes=3e6)))
+    rows = rows_of(cell)
+    assert (rows["ddp"]["wire_bytes"]["median"], rows["ddp"]["wire_bytes_counted_by"]) == (8e6, "interface")
+    ours = rows["stratified_0.5"]
+    assert (ours["wire_bytes"]["median"], ours["wire_bytes_counted_by"]) == (3e6, "transport")
+    assert ours["of_plain"] is None  # plain took no part
+    assert "-" in table(cell)
+
+
+def test_phases_add_up_whatever_is_moved() -> None:
+    laps = Laps()
+    laps.note("forward")
+    laps.note("other")
+    total = sum(laps.ms.values())
+    laps.move("other", "pack", 5.0)
+    laps.note("update")
+    assert laps.ms["pack"] == 5.0
+    assert sum(laps.ms.values()) == pytest.approx(total + laps.ms["update"])
+
+
+def record_of(speedup: float, of_plain: float, schema: str = STEP_SCHEMA) -> dict[str, Any]:
+    rows = [
+        {"variant": "stratified_0.5", "role": "ours", "speedup": {"median": speedup}, "of_plain": {"median": of_plain}},
+        {"variant": "ddp", "role": "dense", "speedup": {"median": 1.0}, "of_plain": None},
+    ]
+    cell = {"model": "resnet18", "ranks": 2, "variants": rows}
+    return {"schema": schema, "quick": False, "machine": {"processor": "P", "cores": 2}, "cells": [cell]}
+
+
+def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any]) -> int:
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, record in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps(record))
+    return compare.main([str(path) for path in paths])
+
+
+def test_compare_names_ratios_of_steps_that_fell_by_more_than_a_tenth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(tmp_path, record_of(1.2, 0.98), record_of(1.09, 0.9)) == 0
+    assert compared(tmp_path, record_of(1.2, 0.98), record_of(0.9, 0.98)) == 1
+    assert compared(tmp_path, record_of(1.2, 0.98), record_of(1.2, 0.49)) == 1
+    output = capsys.readouterr().out
+    assert "WORSE  resnet18, ranks 2, stratified_0.5: 1.2 -> 0.9 over the best peer (-25%)" in output
+    assert "WORSE  resnet18, ranks 2, stratified_0.5: 0.98 -> 0.49 of the plain step's speed (-50%)" in output
+
+
+def test_files_of_two_benchmarks_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compared(tmp_path, record_of(1.2, 0.98), record_of(1.2, 0.98, schema=SCHEMA)) == 2
+    assert "the files are of two benchmarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [(None, "no mpirun was found"), ("false", "the job of 2 ranks failed with exit code 1")],
+)
+def test_job_that_cannot_run_is_reported(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launcher: str | None,
+    message: str,
+) -> None:
+    monkeypatch.setattr(step_jobs, "find_launcher", lambda: launcher)
+    assert steps.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
