@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 import jointspar as js
-from step.exchange import draw_slices
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices, candidates
 from jointspar.step.layers import group_layers
 from jointspar.step.packing import Packer
 from jointspar.training.models import build_model
+from network.counters import received_bytes, sent_bytes
+from step.exchange import draw_slices
 
-Rows = dict[str, list[np.ndarray]]  # by exchange; a round each: int64 [world_size, 3], see `run_once`
+Rows = dict[str, list[np.ndarray]]  # by exchange; a round each: int64 [world_size, 4], see `run_once`
 
 
 def main() -> None:
@@ -80,45 +81,37 @@ def run_round(comm: Transport, interface: str, packed: torch.Tensor, slices: Sli
 
 
 def run_once(comm: Transport, interface: str, exchange: Any, packed: torch.Tensor, slices: Slices) -> np.ndarray:
-    """[world_size, 3]: each rank's nanoseconds, bytes handed to the transport, bytes that left its interface.
+    """[world_size, 4]: each rank's nanoseconds, bytes handed to the transport, bytes that its interface sent, received.
 
     The interface is read when all ranks are done: what one rank has received, another's interface has sent.
     """
     comm.start_headers(np.zeros(1, dtype=np.int64), what="start").wait()
-    counted, left = comm.bytes_sent, bytes_out(interface)
+    before = comm.bytes_sent, sent_bytes(interface), received_bytes(interface)
     began = time.perf_counter_ns()
     exchange(comm, packed, what="exchange", slices=slices)
     nanoseconds = time.perf_counter_ns() - began
-    counted = comm.bytes_sent - counted
+    counted = comm.bytes_sent - before[0]
     comm.start_headers(np.zeros(1, dtype=np.int64), what="end").wait()
-    own = np.array([nanoseconds, counted, bytes_out(interface) - left])
-    return comm.start_headers(own, what="figures").wait()
-
-
-def bytes_out(interface: str) -> int:
-    """What has left an interface of this process's network namespace."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == interface:
-            return int(counters.split()[8])
-    raise ValueError(f"no interface {interface}")
+    own = [nanoseconds, counted, sent_bytes(interface) - before[1], received_bytes(interface) - before[2]]
+    return comm.start_headers(np.array(own), what="figures").wait()
 
 
 def report(what: str, comm: Transport, rows: Rows, full_bytes: int, lengths: list[int], chosen: str) -> dict[str, Any]:
-    """Seconds of the slowest rank a round, and bytes, averaged over ranks and rounds.
+    """Of each exchange: seconds of the slowest rank a round, and bytes, averaged over ranks and rounds.
 
-    full_bytes: of the gradients of all layers. needed_bytes: what a rank sends at least, by the exchange's algorithm;
-    of allreduce, as of the ring, 2 (world_size - 1) / world_size of the buffer.
+    full_bytes: of the gradients of all layers. needed_bytes, a round each: what the busiest direction of any link
+    carries. In a ring, and so of allreduce, 2 (world_size - 1) / world_size of the buffer; of two_shot it depends on
+    the draw, and is what the interfaces counted.
     """
     ring = 2 * (comm.world_size - 1) / comm.world_size
     exchanges = {}
     for name, rounds in rows.items():
         table = np.stack(rounds)
-        counted = float(table[:, :, 1].mean())
+        needed = table[:, :, 2:].max(axis=(1, 2)) if name == "two_shot" else ring * np.array(lengths)
         exchanges[name] = {
             "seconds": (table[:, :, 0].max(axis=1) / 1e9).tolist(),
-            "needed_bytes": counted if name == "two_shot" else ring * float(np.mean(lengths)),
-            "transport_bytes": counted,
+            "needed_bytes": needed.tolist(),
+            "transport_bytes": float(table[:, :, 1].mean()),
             "interface_bytes": float(table[:, :, 2].mean()),
         }
     return {"what": what, "full_bytes": full_bytes, "chosen": chosen, "exchanges": exchanges}

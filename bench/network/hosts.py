@@ -138,7 +138,7 @@ class Hosts:
             output.seek(0)
             printed = output.read()
         if code != 0:
-            how = f"did not end within {timeout:.0f} s" if code is None else f"ended with exit code {code}"
+            how = f"did not end within {timeout:g} s" if code is None else f"ended with exit code {code}"
             raise JobError(f"{' '.join(commands[0])}: {how}\n{printed[-3000:]}")
         return printed
 

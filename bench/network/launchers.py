@@ -31,20 +31,20 @@ class Launcher:
         agent: the command that stands in for ssh.
         """
         rank = [self.python, *program]
+        master = [f"MASTER_ADDR={addresses[0]}"]
         size = str(len(addresses))
         if self.name == "gloo":
-            world = [f"WORLD_SIZE={size}", f"MASTER_ADDR={addresses[0]}", f"MASTER_PORT={_PORT}"]
-            world.append(f"GLOO_SOCKET_IFNAME={interface}")
+            world = [*master, f"WORLD_SIZE={size}", f"MASTER_PORT={_PORT}", f"GLOO_SOCKET_IFNAME={interface}"]
             return [["env", f"RANK={number}", *world, *rank] for number in range(len(addresses))]
         mpirun = str(Path(self.python).with_name("mpirun"))
         if self.name == "mpich":
             launch = ["-launcher", "ssh", "-launcher-exec", str(agent), "-hosts", ",".join(addresses)]
-            return [[mpirun, *launch, "-n", size, "-ppn", "1", *rank]]
+            return [["env", *master, mpirun, *launch, "-n", size, "-ppn", "1", *rank]]
         launch = ["--host", ",".join(f"{address}:1" for address in addresses), "-n", size, "--map-by", "node"]
         launch += ["--bind-to", "none"]  # each host would bind its rank to the machine's first core
         launch += ["--prtemca", "plm_ssh_agent", str(agent), "--prtemca", "prte_if_include", interface]
         launch += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", interface]
-        return [[mpirun, *launch, *rank]]
+        return [["env", *master, mpirun, *launch, *rank]]
 
 
 _OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -56,7 +56,11 @@ def find(names: Sequence[str], interface: str) -> tuple[list[Launcher], dict[str
 
     MPI is that of the running Python, or, for the other MPI, of the environment that the Makefile makes for MPICH.
     """
-    common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # hosts share the machine's cores
+    search_path = [ROOT / "python", ROOT, ROOT / "bench", *filter(None, [os.environ.get("PYTHONPATH")])]
+    common = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # hosts share the machine's cores
+        "PYTHONPATH": os.pathsep.join(map(str, search_path)),
+    }
     found = {"gloo": Launcher("gloo", sys.executable, common)}
     for python in (Path(sys.executable), MPICH_ENVIRONMENT / "bin" / "python"):
         name = _mpi_of(python)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from network.raw import measure
 
 _PROGRAM = Path(__file__).with_name("exchange_ranks.py")
 _SECONDS = 600.0  # that one job may take
-_SHARE_OF_IDEAL = 1.15  # the goal: within 15 % of the ideal time
+SHARE_OF_IDEAL = 1.15  # the goal: within 15 % of the ideal time
 
 Cell = dict[str, Any]  # one launcher, number of ranks, rate and kind of buffer, with its exchanges
 
@@ -29,36 +30,43 @@ def raw_rates(hosts: Hosts, num_ranks: int, seconds: float) -> dict[str, float]:
 
 
 def measure_exchanges(
-    hosts: Hosts, launcher: Launcher, num_ranks: int, raw: dict[str, float], megabytes: Sequence[float], rounds: int
+    hosts: Hosts, launcher: Launcher, num_ranks: int, raw: Mapping[str, float], options: argparse.Namespace
 ) -> Iterator[Cell]:
-    """Cells of one job on the hosts at their present rate."""
+    """Cells of one job on the hosts at their present rate, for the model, megabytes and rounds of the options."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
-        program = [str(_PROGRAM), "--out", str(out), "--interface", INTERFACE, "--rounds", str(rounds)]
-        program += ["--megabytes", *map(str, megabytes)]
+        program = [str(_PROGRAM), "--out", str(out), "--interface", INTERFACE, "--rounds", str(options.rounds)]
+        program += ["--model", options.model, "--megabytes", *map(str, options.megabytes)]
         hosts.run(launcher, program, timeout=_SECONDS, num_ranks=num_ranks)
         measured = json.loads(out.read_text())
-    common = {"launcher": launcher.name, "transport": measured["transport"], "ranks": num_ranks, "gbits": hosts.gbits}
+    common = {
+        "kind": "transfers",
+        "launcher": launcher.name,
+        "transport": measured["transport"],
+        "ranks": num_ranks,
+        "gbits": hosts.gbits,
+    }
     for figures in measured["figures"]:
-        yield {**common, "raw": raw, **_cell(figures, num_ranks, raw["ring_gbits"])}
+        yield {**common, "raw": dict(raw), **_cell(figures, num_ranks, raw["ring_gbits"])}
 
 
 def _cell(figures: dict[str, Any], num_ranks: int, raw_gbits: float) -> Cell:
     """Times against the ideal, and bytes against those of a ring of all layers' gradients.
 
-    ideal_ms: the exchange's bytes at the rate that plain sockets reached. of_ideal: measured time / ideal time.
+    ideal_ms: what the busiest direction of any link carries, at the rate that plain sockets reached, the median round.
+    of_ideal: measured time / ideal time, formed within a round.
     """
     ring_bytes = figures["full_bytes"] * 2 * (num_ranks - 1) / num_ranks
     rows = []
     for name, exchange in figures["exchanges"].items():
-        ideal_ms = exchange["needed_bytes"] * 8 / (raw_gbits * 1e6)
+        ideal_ms = np.array(exchange["needed_bytes"]) * 8 / (raw_gbits * 1e6)
         milliseconds = 1e3 * np.array(exchange["seconds"])
         rows.append(
             {
                 "exchange": name,
                 "is_chosen": name == figures["chosen"],
                 "ms": spread(milliseconds)._asdict(),
-                "ideal_ms": ideal_ms,
+                "ideal_ms": float(np.median(ideal_ms)),
                 "of_ideal": spread(milliseconds / ideal_ms)._asdict(),
                 "transport_bytes": exchange["transport_bytes"],
                 "interface_bytes": exchange["interface_bytes"],
@@ -80,7 +88,7 @@ def table(cell: Cell) -> str:
     ]
     for row in cell["exchanges"]:
         ms, ratio = row["ms"], row["of_ideal"]["median"]
-        verdict = ("within 15 %" if ratio <= _SHARE_OF_IDEAL else "TOO SLOW") if row["is_chosen"] else ""
+        verdict = ("within 15 %" if ratio <= SHARE_OF_IDEAL else "TOO SLOW") if row["is_chosen"] else ""
         lines.append(
             f"  {('auto: ' if row['is_chosen'] else '') + row['exchange']:14}"
             f"{ms['median']:12.1f} [{ms['p10']:.1f}, {ms['p90']:.1f}]".ljust(44)
