@@ -107,7 +107,7 @@ def report(what: str, comm: Transport, rows: Rows, full_bytes: int, lengths: lis
     exchanges = {}
     for name, rounds in rows.items():
         table = np.stack(rounds)
-        needed = table[:, :, 2:].max(axis=(1, 2)) if name == "two_shot" else ring * np.array(lengths)
+        needed = table[:, :, 2:].max(axis=(1, 2)) if name.startswith("two_shot") else ring * np.array(lengths)
         exchanges[name] = {
             "seconds": (table[:, :, 0].max(axis=1) / 1e9).tolist(),
             "needed_bytes": needed.tolist(),

@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 from network.transfers import SHARE_OF_IDEAL
 from results import Cell, Record
 
-COLOURS = {"allreduce": "#8a8f98", "ring": "#1f3a5f", "two_shot": "#d1603d"}
+STYLES = {
+    "allreduce": ("#8a8f98", "-"), "ring": ("#1f3a5f", "-"), "ring_short": ("#1f3a5f", "--"),
+    "two_shot": ("#d1603d", "-"), "two_shot_short": ("#d1603d", "--"),
+}  # fmt: skip
 ROLE_STYLES = {"ours": "-", "dense": "--", "compressed": ":", "floor": "-."}
 
 
@@ -37,9 +40,9 @@ def draw_transfers(path: Path, record: Record, cells: Sequence[Cell]) -> Path | 
 
 
 def _draw_exchanges(axes: Axes, cells: Sequence[Cell]) -> None:
-    for name, colour in COLOURS.items():
+    for name, (colour, style) in STYLES.items():
         points = [(cell["gbits"], row) for cell in cells for row in cell["exchanges"] if row["exchange"] == name]
-        axes.plot([x for x, _ in points], [row["of_ideal"]["median"] for _, row in points], "-", c=colour, label=name)
+        axes.plot([x for x, _ in points], [row["of_ideal"]["median"] for _, row in points], style, c=colour, label=name)
         chosen = [(x, row["of_ideal"]["median"]) for x, row in points if row["is_chosen"]]
         axes.plot([x for x, _ in chosen], [y for _, y in chosen], "o", mfc="none", c=colour)
     axes.axhline(SHARE_OF_IDEAL, color="black", lw=0.8, ls="--")

@@ -84,14 +84,14 @@ def table(cell: Cell) -> str:
         f"{cell['launcher']}, {cell['ranks']} ranks, {cell['gbits']:g} Gbit/s "
         f"(sockets: ring {raw['ring_gbits']:.3g}, one way {raw['one_way_gbits']:.3g}), "
         f"{cell['full_bytes'] / 1e6:.3g} MB {cell['what']}",
-        f"  {'':14}{'ms':>28}{'ideal ms':>10}{'x ideal':>9}{'':13}{'bytes / dense ring: transport, interface':>42}",
+        f"  {'':20}{'ms':>28}{'ideal ms':>10}{'x ideal':>9}{'':13}{'bytes / dense ring: transport, interface':>42}",
     ]
     for row in cell["exchanges"]:
         ms, ratio = row["ms"], row["of_ideal"]["median"]
         verdict = ("within 15 %" if ratio <= SHARE_OF_IDEAL else "TOO SLOW") if row["is_chosen"] else ""
         lines.append(
-            f"  {('auto: ' if row['is_chosen'] else '') + row['exchange']:14}"
-            f"{ms['median']:12.1f} [{ms['p10']:.1f}, {ms['p90']:.1f}]".ljust(44)
+            f"  {('auto: ' if row['is_chosen'] else '') + row['exchange']:20}"
+            f"{ms['median']:12.1f} [{ms['p10']:.1f}, {ms['p90']:.1f}]".ljust(50)
             + f"{row['ideal_ms']:8.1f}{ratio:9.2f}  {verdict:11}"
             f"{row['transport_share']:34.3f}{row['interface_share']:8.3f}"
         )

@@ -141,7 +141,7 @@ def test_a_job_that_fails_or_does_not_end_is_an_error_with_its_output_and_leaves
         with pytest.raises(JobError, match=r"ended with exit code 3\nbroken"):
             hosts.run_commands([["sleep", "600"], fail], timeout=60)
         assert sleepers(hosts.name) == []
-        with pytest.raises(JobError, match="did not end within 0.2 s"):
+        with pytest.raises(JobError, match=r"did not end within 0\.2 s"):
             hosts.run_commands([["sleep", "600"]], timeout=0.2)
         assert sleepers(hosts.name) == []
 

@@ -21,6 +21,7 @@ class LocalTransport:
         self.world_size = 1
         self.timeout = float("inf")
         self.bytes_sent = 0
+        self.eager_bytes: int | None = None
         self.is_closed = False
         self._unusable: str | None = None
 

@@ -32,6 +32,8 @@ class ProcessTransport:
     use is refused and the process ends at exit instead of finalising the library, which would wait for ever.
     """
 
+    eager_bytes: int | None = None
+
     def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float, on_failure: str) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size
         self.timeout = timeout
