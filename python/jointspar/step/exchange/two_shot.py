@@ -139,7 +139,8 @@ class _TwoShot:
             longest = max(1, segment_bytes // packed.element_size())
         self._segments = partition(slices, longest)
         longest = max((segment.end - segment.start for segment in self._segments), default=0)
-        self._num_ahead = max(_NUM_AHEAD, _AHEAD_BYTES // max(1, longest * packed.element_size()))
+        in_bytes = _AHEAD_BYTES // max(1, longest * packed.element_size())
+        self._num_ahead = max(_NUM_AHEAD, min(in_bytes, len(self._segments)))
         self._slots = scratch.slots(self._num_ahead * (self._world_size - 1), longest, packed.dtype)
         self._contributions: dict[Segment, Pending] = {}
         self._sums: list[Pending] = []
