@@ -29,6 +29,7 @@ CASES = {
     "resnet18": Case("resnet18", 32, (3, 32, 32)),
     "resnet50": Case("resnet50", 8, (3, 64, 64)),
     "transformer": Case("transformer", 4, (128,)),
+    "resnet20": Case("resnet20", 64, (1, 28, 28)),  # as its loss curve is recorded
     "lenet5": Case("lenet5", 4, (3, 32, 32)),  # of --quick
 }
 

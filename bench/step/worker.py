@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -135,16 +136,21 @@ def check_replicas(method: Iteration, name: str) -> None:
 
 
 def loss_curve(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one method on its shards of a real data set; the loss of every iteration, averaged over the ranks."""
+    """Train one method on its shards of a real data set.
+
+    losses: of every iteration, averaged over the ranks. seconds: when it ended, since the start, loading included.
+    """
     dataset = load_dataset(options.dataset, options.data_dir)
     batches = ShardedBatches(dataset, CURVE_BATCH, ranks.rank, ranks.world_size, seed=options.seed)
     model = build_model(CURVE_MODEL, dataset.in_channels, dataset.num_classes, dataset.image_size, seed=options.seed)
     lr = options.base_lr * ranks.world_size * CURVE_BATCH / REFERENCE_BATCH
     method = METHODS[options.loss_curve].build(Setting(model, ranks, lr, seed=options.seed))
-    losses = []
+    losses, ends = [], []
+    began = time.perf_counter()
     for batch, _ in zip(endless(batches), range(options.iterations), strict=False):
         method.run(batch)
         losses.append(method.loss.item())
+        ends.append(time.perf_counter() - began)
         report(ranks, f"done {len(losses)}")
     check_replicas(method, options.loss_curve)
     method.close()
@@ -155,6 +161,7 @@ def loss_curve(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
         "lr": lr,
         "seed": options.seed,
         "losses": of_ranks.mean(axis=0).tolist(),
+        "seconds": ends,
     }
 
 

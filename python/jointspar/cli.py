@@ -32,6 +32,9 @@ _BENCHMARKS = {
     "ops": _Benchmark("ops.py", "the operations against PyTorch, NumPy and the machine's limit"),
     "backward": _Benchmark("step/active_backward.py", "forward and backward at several budgets: time, bytes kept"),
     "step": _Benchmark("steps.py", "training iterations by phase, against DDP and its hooks: time, bytes sent"),
+    "network": _Benchmark(
+        "networks.py", "exchanges and iterations on links of several rates between hosts; needs root"
+    ),
     "compare": _Benchmark("compare.py", "two result files of ops, or of step: which ratios got worse"),
 }
 
@@ -272,7 +275,19 @@ def _bench(name: str, arguments: Sequence[str]) -> int:
         )
     search_path = [str(checkout / "python"), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
-    return subprocess.run([sys.executable, str(script), *arguments], env=environment, check=False).returncode
+    return _run_script([sys.executable, str(script), *arguments], environment)
+
+
+def _run_script(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Its exit code. Ctrl-C reaches the script as well as this process, and it may have things to take down."""
+    script = subprocess.Popen(command, env=environment)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: script.terminate())
+    try:
+        code = script.wait()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    return code if code >= 0 else 128 - code  # a signal ended it
 
 
 def _refuse(message: str, *, is_speaker: bool) -> int:

@@ -127,6 +127,21 @@ def test_bench_hands_all_further_arguments_to_the_script_and_returns_its_code(
     assert capfd.readouterr().out == f"{arguments}\n"
 
 
+def test_a_stopped_bench_lets_its_script_clean_up_first(tmp_path: Path) -> None:
+    """The script takes a second; `jointspar` ends after it, with its code."""
+    clean_up = "import signal, sys, time\ndef leave(*_):\n    time.sleep(1)\n    print('clean')\n    sys.exit(7)\n"
+    wait = "signal.signal(signal.SIGTERM, leave)\nprint('up', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "script.py").write_text(clean_up + wait)
+    run = "import os, sys; from jointspar.cli import _run_script as run; "
+    command = [sys.executable, "-c", f"{run}sys.exit(run([sys.executable, 'script.py'], dict(os.environ)))"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=30)[0] == "clean\n"
+    assert process.returncode == 7
+
+
 @pytest.mark.parametrize("name", cli._BENCHMARKS)
 def test_every_listed_benchmark_has_its_script_in_this_checkout(name: str) -> None:
     assert (ROOT / "bench" / cli._BENCHMARKS[name].script).is_file()

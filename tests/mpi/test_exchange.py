@@ -113,16 +113,21 @@ def check_every_segment_and_window_size(transport):
     """The smallest segments and fewest posted receives exercise every wait of the pipelines."""
     for name, window in (("ring", "_NUM_POSTED"), ("two_shot", "_NUM_AHEAD")):
         module = importlib.import_module(f"jointspar.step.exchange.{name}")
-        before = module._MIN_SEGMENT_BYTES, getattr(module, window)
+        before = {
+            constant: getattr(module, constant)
+            for constant in ("_MIN_SEGMENT_BYTES", window, "_AHEAD_BYTES")
+            if hasattr(module, constant)
+        }
         for module._MIN_SEGMENT_BYTES, size in ((4, 1), (64, 2), (4, 4)):
             setattr(module, window, size)
+            module._AHEAD_BYTES = 0
             for length in (1, 2, 3, 5, 64, 1001):
                 exchange = candidates(name, transport, torch.float32)[name]
                 slices = slices_of(transport, length) if name == "two_shot" else None
                 packed = exchanged(transport, exchange, whole_numbers, length, torch.float32, slices)
                 assert (packed.numpy() == inputs(transport, whole_numbers, length, slices).sum(axis=0)).all()
-        module._MIN_SEGMENT_BYTES = before[0]
-        setattr(module, window, before[1])
+        for constant, value in before.items():
+            setattr(module, constant, value)
 
 
 def check_the_measured_choice(transport):

@@ -327,7 +327,7 @@ def a_resumed_run_chooses_as_the_first_one_did():
     model = make_model()
     optimizer = js.JointSparLARS(model.named_parameters())
     costs = optimizer._pipeline.chooser.costs
-    assert costs.seconds.keys() == {"allreduce", "ring", "two_shot"}
+    assert {"allreduce", "ring", "two_shot"} <= costs.seconds.keys()
     for preferred in costs.seconds:
         chosen = Costs((1000,), {name: (1.0 + 1000.0 * (name != preferred),) for name in costs.seconds})
         optimizer._pipeline.chooser.costs = chosen

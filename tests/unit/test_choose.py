@@ -18,6 +18,7 @@ class Ranks:
     name = "mpi: some"
     world_size = 2
     is_simulated = False
+    eager_bytes = None
 
     def __init__(self, can_sum=(torch.float32,), slower=1):
         self.can_sum, self.slower = can_sum, slower
@@ -68,6 +69,15 @@ def test_a_name_stands_for_itself_and_auto_for_all_that_carry_the_dtype():
     assert list(candidates("auto", local(), torch.float32)) == ["ring"]
 
 
+def test_auto_also_stands_for_short_messages_where_longer_ones_wait_for_an_answer():
+    ranks = Ranks()
+    ranks.eager_bytes = 1000
+    short = ["ring_short", "two_shot_short"]
+    assert list(candidates("auto", ranks, torch.float32)) == ["allreduce", "ring", "two_shot", *short]
+    assert list(candidates("auto", ranks, torch.float32, is_partial=False)) == ["allreduce", "ring", "ring_short"]
+    assert list(candidates("ring", ranks, torch.float32)) == ["ring"]
+
+
 def test_an_exchange_that_cannot_sum_the_dtype_is_refused_with_what_to_use():
     with pytest.raises(ValueError, match=r"mpi: some cannot sum torch\.bfloat16: use exchange='ring' or 'two_shot'"):
         candidates("allreduce", Ranks(), torch.bfloat16)
@@ -108,11 +118,12 @@ def test_short_buffers_are_measured_as_they_are(monkeypatch):
 
 
 def test_two_shot_is_judged_by_what_it_sends():
-    costs = Costs((0, 4000), {"ring": (0.0, 4000.0), "two_shot": (1000.0, 5000.0)})
-    assert costs.cheapest(everything(1000), 4) == "ring"
     alone = Slices(np.array([500, 500]), np.eye(2, dtype=bool))
     assert alone.sent_by_two_shot() == 500
-    assert costs.cheapest(alone, 4) == "two_shot"
+    for name in ("two_shot", "two_shot_short"):
+        costs = Costs((0, 4000), {"ring": (0.0, 4000.0), name: (1000.0, 5000.0)})
+        assert costs.cheapest(everything(1000), 4) == "ring"
+        assert costs.cheapest(alone, 4) == name
 
 
 def test_of_equal_promises_the_first_is_taken():

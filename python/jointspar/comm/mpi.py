@@ -30,6 +30,7 @@ _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
 _TAG = 0
+_OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (btl_tcp_eager_limit)
 
 _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outlive whoever started them
 
@@ -52,6 +53,8 @@ class MpiTransport(ProcessTransport):
             torch.float64: mpi_module.DOUBLE,
             torch.int64: mpi_module.INT64_T,
         }
+        if "Open MPI" in self.name:  # the answer shares a connection with the data of the other direction
+            self.eager_bytes = _OPEN_MPI_EAGER_BYTES
         self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
         self._takes_cuda: bool | None = None  # not asked yet
 

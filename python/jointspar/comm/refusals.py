@@ -15,6 +15,7 @@ class CheckedTransport:
     """The part of a `Transport` that moves nothing. library: in errors, "MPI"."""
 
     is_simulated = False
+    eager_bytes: int | None = None
 
     def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size

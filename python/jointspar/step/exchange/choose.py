@@ -25,9 +25,10 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
     """The exchanges that `name` stands for, by name: one, or with "auto" those to choose from.
 
     name: "allreduce" (the transport's own collective), "ring" (any float dtype), "two_shot" (any float dtype, sends
-    only what was computed), or "auto". is_partial: whether ranks compute different slices; where all compute the same,
-    "auto" leaves two_shot out, which then sends what the ring does. One rank exchanges nothing. Simulated ranks have no
-    link to measure: there "auto" is the transport's own collective.
+    only what was computed), or "auto". Where the transport has an eager limit, "auto" also stands for "ring_short" and
+    "two_shot_short": the same, in messages within that limit. is_partial: whether ranks compute different slices; where
+    all compute the same, "auto" leaves two_shot out, which then sends what the ring does. One rank exchanges nothing.
+    Simulated ranks have no link to measure: there "auto" is the transport's own collective.
     Raises ValueError for an unknown name, or for "allreduce" with a dtype that the transport cannot sum.
     """
     if name not in NAMES:
@@ -41,6 +42,9 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
         "ring": partial(ring, scratch=scratch),
         "two_shot": partial(two_shot, scratch=scratch),
     }
+    if transport.eager_bytes is not None:
+        ways["ring_short"] = partial(ring, scratch=scratch, segment_bytes=transport.eager_bytes)
+        ways["two_shot_short"] = partial(two_shot, scratch=scratch, segment_bytes=transport.eager_bytes)
     if name != "auto":
         return {name: ways[name]}
     if transport.world_size == 1:
@@ -50,7 +54,7 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
     return {
         way: exchange
         for way, exchange in ways.items()
-        if (way != "allreduce" or can_sum) and (way != "two_shot" or is_partial)
+        if (way != "allreduce" or can_sum) and (is_partial or not way.startswith("two_shot"))
     }
 
 

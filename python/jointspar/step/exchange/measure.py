@@ -36,12 +36,12 @@ class Costs:
     def cheapest(self, slices: Slices, itemsize: int) -> str:
         """The name that promises the least time for a buffer; of equal ones the first.
 
-        "two_shot" is judged by what it sends of these slices, the others by the buffer's length.
+        "two_shot", short or not, is judged by what it sends of these slices, the others by the buffer's length.
         """
         length = int(slices.sizes.sum())
 
         def promised(name: str) -> float:
-            return self.promise(name, itemsize * (slices.sent_by_two_shot() if name == "two_shot" else length))
+            return self.promise(name, itemsize * (slices.sent_by_two_shot() if name.startswith("two_shot") else length))
 
         return min(self.seconds, key=promised)
 

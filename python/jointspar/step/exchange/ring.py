@@ -28,11 +28,13 @@ def ring(
     what: str,
     slices: Slices | None = None,
     scratch: Scratch | None = None,
+    segment_bytes: int | None = None,
 ) -> None:
     """Sum `packed` over the ranks, in place; bitwise the same result on all ranks and in every run.
 
     packed: contiguous 1-D CPU tensor of float32, float64, bfloat16 or float16; same length and dtype on all ranks.
     A 16-bit sum is rounded at each of the world_size - 1 additions. slices: not needed. scratch: reused memory.
+    segment_bytes: of the longest message; None: a 16th of the buffer / world_size, at least 128 KiB. Changes no bits.
     Each rank sends 2 (world_size - 1) / world_size of the buffer's bytes.
     Raises CollectiveTimeout, after which the buffer holds partial sums.
     """
@@ -40,7 +42,7 @@ def ring(
     if transport.world_size == 1 or packed.numel() == 0:
         return
     try:
-        _Ring(transport, packed, what, scratch or Scratch()).run()
+        _Ring(transport, packed, what, scratch or Scratch(), segment_bytes).run()
     except BaseException as error:  # an interrupt between two waits also leaves messages under way
         transport.fail(f"{what} was left by {type(error).__name__}")
         raise
@@ -55,10 +57,12 @@ class _Ring:
     waits can form.
     """
 
-    def __init__(self, transport: Transport, packed: torch.Tensor, what: str, scratch: Scratch) -> None:
+    def __init__(
+        self, transport: Transport, packed: torch.Tensor, what: str, scratch: Scratch, segment_bytes: int | None
+    ) -> None:
         self._transport = transport
         self._what = what
-        self._chunks = _split(packed, transport.world_size)
+        self._chunks = _split(packed, transport.world_size, segment_bytes)
         self._num_segments = len(self._chunks[0])
         self._num_reduced = (transport.world_size - 1) * self._num_segments
         longest = max(segment.numel() for chunk in self._chunks for segment in chunk)
@@ -104,9 +108,12 @@ class _Ring:
         return self._chunks[(self._transport.rank - step - hop) % self._transport.world_size][segment]
 
 
-def _split(packed: torch.Tensor, world_size: int) -> list[list[torch.Tensor]]:
+def _split(packed: torch.Tensor, world_size: int, segment_bytes: int | None) -> list[list[torch.Tensor]]:
     """Views [world_size][num_segments]: chunks of nearly equal length, each in as many segments."""
     bounds = [packed.numel() * chunk // world_size for chunk in range(world_size + 1)]
     chunk_bytes = -(-packed.numel() // world_size) * packed.element_size()
-    num_segments = max(1, min(_SEGMENTS_PER_CHUNK, chunk_bytes // _MIN_SEGMENT_BYTES))
+    if segment_bytes is None:
+        num_segments = max(1, min(_SEGMENTS_PER_CHUNK, chunk_bytes // _MIN_SEGMENT_BYTES))
+    else:
+        num_segments = -(-chunk_bytes // segment_bytes)
     return [list(packed[start:end].tensor_split(num_segments)) for start, end in pairwise(bounds)]

@@ -21,7 +21,8 @@ from jointspar.step.exchange.scratch import Scratch
 
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_RANK = 16
-_NUM_AHEAD = 2  # segments whose receives are posted ahead
+_NUM_AHEAD = 2  # segments whose receives are posted ahead, or as many as
+_AHEAD_BYTES = 512 * 1024  # are in this, from each rank: enough to go on while an answer waits behind other data
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ def two_shot(
     what: str,
     slices: Slices | None = None,
     scratch: Scratch | None = None,
+    segment_bytes: int | None = None,
 ) -> None:
     """Sum `packed` over the ranks, in place; bitwise the same result on all ranks and in every run.
 
     packed: contiguous 1-D CPU tensor of float32, float64, bfloat16 or float16; same length and dtype on all ranks.
     slices: who computed what; elsewhere a rank's buffer is taken for zero and not read. Contributions are added in the
     order of ranks, and the bits depend on nothing else; a 16-bit sum is rounded at each addition.
-    scratch: reused memory.
+    scratch: reused memory. segment_bytes: of the longest message; None: a 16th of the buffer / world_size, at least
+    128 KiB. Changes no bits.
     Raises ValueError for slices of another buffer, CollectiveTimeout, after which the buffer holds partial sums.
     """
     check_buffer(packed)
@@ -62,7 +65,7 @@ def two_shot(
     if transport.world_size == 1 or packed.numel() == 0:
         return
     try:
-        _TwoShot(transport, packed, what, slices, scratch or Scratch()).run()
+        _TwoShot(transport, packed, what, slices, scratch or Scratch(), segment_bytes).run()
     except BaseException as error:  # an interrupt between two waits also leaves messages under way
         transport.fail(f"{what} was left by {type(error).__name__}")
         raise
@@ -118,14 +121,27 @@ class _TwoShot:
     contributions were received, so no cycle of waits can form.
     """
 
-    def __init__(self, transport: Transport, packed: torch.Tensor, what: str, slices: Slices, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        packed: torch.Tensor,
+        what: str,
+        slices: Slices,
+        scratch: Scratch,
+        segment_bytes: int | None,
+    ) -> None:
         self._transport, self._packed, self._what = transport, packed, what
         self._rank, self._world_size = transport.rank, transport.world_size
-        per_rank = -(-packed.numel() // (self._world_size * _SEGMENTS_PER_RANK))
-        longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
+        if segment_bytes is None:
+            per_rank = -(-packed.numel() // (self._world_size * _SEGMENTS_PER_RANK))
+            longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
+        else:
+            longest = max(1, segment_bytes // packed.element_size())
         self._segments = partition(slices, longest)
         longest = max((segment.end - segment.start for segment in self._segments), default=0)
-        self._slots = scratch.slots(_NUM_AHEAD * (self._world_size - 1), longest, packed.dtype)
+        in_bytes = _AHEAD_BYTES // max(1, longest * packed.element_size())
+        self._num_ahead = max(_NUM_AHEAD, min(in_bytes, len(self._segments)))
+        self._slots = scratch.slots(self._num_ahead * (self._world_size - 1), longest, packed.dtype)
         self._contributions: dict[Segment, Pending] = {}
         self._sums: list[Pending] = []
 
@@ -142,8 +158,8 @@ class _TwoShot:
         """Add up the segments that this rank owns, and send each sum on its way."""
         arriving: deque[dict[int, tuple[Pending, torch.Tensor]]] = deque()
         for number, segment in enumerate(owned):
-            for ahead in range(number + len(arriving), min(number + _NUM_AHEAD, len(owned))):
-                arriving.append(self._receive_contributions(owned[ahead], ahead % _NUM_AHEAD))
+            for ahead in range(number + len(arriving), min(number + self._num_ahead, len(owned))):
+                arriving.append(self._receive_contributions(owned[ahead], ahead % self._num_ahead))
             self._add_up(segment, arriving.popleft())
             for step in range(1, self._world_size):
                 rank = (self._rank + step) % self._world_size
