@@ -16,7 +16,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from jointspar.training.properties import PROPERTIES
+from jointspar.training.data.properties import PROPERTIES
 
 RANDOM = np.random.default_rng(0)
 CIFAR_NAMES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]

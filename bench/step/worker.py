@@ -28,7 +28,8 @@ import torch.distributed as dist
 import jointspar as js
 from jointspar.comm.hashing import stable_hash
 from jointspar.training.config import DATASETS, REFERENCE_BATCH
-from jointspar.training.datasets import ShardedBatches, load_dataset
+from jointspar.training.data.batches import ShardedBatches, StreamedBatches, training_batches
+from jointspar.training.data.datasets import load_dataset
 from jointspar.training.models import build_model
 from step.methods import METHODS, PHASES, Iteration, Ranks, Setting
 from step.models import CASES, Batch, make_batch, make_model
@@ -141,8 +142,9 @@ def loss_curve(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
     losses: of every iteration, averaged over the ranks. seconds: when it ended, since the start, loading included.
     """
     dataset = load_dataset(options.dataset, options.data_dir)
-    batches = ShardedBatches(dataset, CURVE_BATCH, ranks.rank, ranks.world_size, seed=options.seed)
-    model = build_model(CURVE_MODEL, dataset.in_channels, dataset.num_classes, dataset.image_size, seed=options.seed)
+    batches = training_batches(dataset.train, CURVE_BATCH, ranks.rank, ranks.world_size, options.seed)
+    its = dataset.properties
+    model = build_model(CURVE_MODEL, its.in_channels, its.num_classes, its.image_size, seed=options.seed)
     lr = options.base_lr * ranks.world_size * CURVE_BATCH / REFERENCE_BATCH
     method = METHODS[options.loss_curve].build(Setting(model, ranks, lr, seed=options.seed))
     losses, ends = [], []
@@ -157,7 +159,7 @@ def loss_curve(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
     of_ranks = gather(np.array(losses), ranks)
     return {
         "method": options.loss_curve,
-        "case": f"{CURVE_MODEL} on {dataset.name}, {CURVE_BATCH} images a rank",
+        "case": f"{CURVE_MODEL} on {options.dataset}, {CURVE_BATCH} images a rank",
         "lr": lr,
         "seed": options.seed,
         "losses": of_ranks.mean(axis=0).tolist(),
@@ -165,7 +167,7 @@ def loss_curve(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def endless(batches: ShardedBatches) -> Iterator[Batch]:
+def endless(batches: ShardedBatches | StreamedBatches) -> Iterator[Batch]:
     """Epoch after epoch."""
     epoch = 0
     while True:

@@ -254,7 +254,7 @@ def _with_flag_names(message: str) -> str:
 
 def _check_data(options: argparse.Namespace) -> int:
     _require_packages("data check", "tqdm")
-    from jointspar.training.data_check import check_dataset
+    from jointspar.training.data.check import check_dataset
 
     return 0 if check_dataset(options.dataset, options.data_dir, is_full=options.full) else EXIT_USAGE
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from data_files import resize_table, write_class_folders, write_shards
-from jointspar.training.batches import (
+from jointspar.training.data.batches import (
     ShardedBatches,
     StreamedBatches,
     evaluation_batches,
     shuffled,
     training_batches,
 )
-from jointspar.training.datasets import Dataset, InMemory, load_dataset
-from jointspar.training.properties import PROPERTIES, Augmentation
-from jointspar.training.readers import DatasetError
-from jointspar.training.shards import Sample, Shards
+from jointspar.training.data.datasets import Dataset, InMemory, load_dataset
+from jointspar.training.data.properties import PROPERTIES, Augmentation
+from jointspar.training.data.readers import DatasetError
+from jointspar.training.data.shards import Sample, Shards
 
 
 def make_split(num_items: int, augmentation: Augmentation = Augmentation()) -> InMemory:  # noqa: B008

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_files import WNIDS, picture_bytes, resize_table, write_class_folders
-from jointspar.training.class_folders import PictureFiles
-from jointspar.training.datasets import load_dataset
-from jointspar.training.readers import DatasetError
+from jointspar.training.data.class_folders import PictureFiles
+from jointspar.training.data.datasets import load_dataset
+from jointspar.training.data.readers import DatasetError
 
 
 def test_labels_are_places_among_the_sorted_training_folders(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_picture_that_is_lost_or_too_large_after_the_start_is_named(
     write_class_folders(tmp_path)
     train = load_dataset("imagenet", tmp_path).train
     assert isinstance(train, PictureFiles)
-    monkeypatch.setattr("jointspar.training.class_folders.MAX_PICTURE_BYTES", 100)
+    monkeypatch.setattr("jointspar.training.data.class_folders.MAX_PICTURE_BYTES", 100)
     Path(train.files[0]).write_bytes(picture_bytes())
     Path(train.files[1]).unlink()
     for item, message in ((0, "0.JPEG is too large"), (1, "1.JPEG is missing")):

@@ -11,11 +11,11 @@ import torch
 
 import data_files
 from data_files import RANDOM, random_bytes, resize_table, write_idx, write_mnist
-from jointspar.training import datasets, readers
-from jointspar.training.augment import normalise
 from jointspar.training.config import DATASETS
-from jointspar.training.datasets import load_dataset
-from jointspar.training.properties import PROPERTIES
+from jointspar.training.data import datasets, readers
+from jointspar.training.data.augment import normalise
+from jointspar.training.data.datasets import load_dataset
+from jointspar.training.data.properties import PROPERTIES
 
 
 def test_every_dataset_of_the_table_has_a_loader_and_readers() -> None:

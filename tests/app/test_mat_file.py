@@ -11,7 +11,7 @@ import pytest
 import scipy.io
 
 from data_files import RANDOM, random_bytes
-from jointspar.training.mat_file import parse_mat
+from jointspar.training.data.mat_file import parse_mat
 
 MAX_BYTES = 1 << 20
 

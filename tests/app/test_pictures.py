@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 
 from data_files import picture_bytes
-from jointspar.training.pictures import (
+from jointspar.training.data.pictures import (
     decode_batch,
     evaluation_image,
     open_picture,
     random_window,
     training_image,
 )
-from jointspar.training.properties import PROPERTIES
-from jointspar.training.readers import DatasetError
+from jointspar.training.data.properties import PROPERTIES
+from jointspar.training.data.readers import DatasetError
 
 SMALL = replace(PROPERTIES["imagenet"], image_size=16, resize=20)
 

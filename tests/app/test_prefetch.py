@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from jointspar.training.prefetch import prefetch
+from jointspar.training.data.prefetch import prefetch
 
 
 class Source:

@@ -13,8 +13,8 @@ import scipy.io
 from PIL import Image
 
 from data_files import idx_bytes, random_bytes, write_cifar100, write_svhn
-from jointspar.training.properties import PROPERTIES
-from jointspar.training.readers import (
+from jointspar.training.data.properties import PROPERTIES
+from jointspar.training.data.readers import (
     FORMATS,
     DatasetError,
     read_bytes,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_files import picture_bytes, sample_members, write_shards, write_tar
-from jointspar.training.datasets import load_dataset
-from jointspar.training.readers import DatasetError
-from jointspar.training.shards import Shards, count_samples, find_shards, read_shard
+from jointspar.training.data.datasets import load_dataset
+from jointspar.training.data.readers import DatasetError
+from jointspar.training.data.shards import Shards, count_samples, find_shards, read_shard
 
 PICTURE = ("a.jpg", picture_bytes())
 LABEL = ("a.cls", b"3")

@@ -30,7 +30,6 @@ class ProcessTransport(CheckedTransport):
     process ends at exit instead of finalising the library, which would wait for ever.
     """
 
-
     def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float, on_failure: str) -> None:
         super().__init__(library=library, name=name, rank=rank, world_size=world_size, timeout=timeout)
         self.recorder = Recorder(rank)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from jointspar.training.properties import PROPERTIES
+from jointspar.training.data.properties import PROPERTIES
 
 
 class Method(NamedTuple):

@@ -19,7 +19,6 @@ import jointspar as js
 from jointspar.comm.transport import Transport
 from jointspar.replicas import average
 from jointspar.telemetry import Stats
-from jointspar.training.batches import ShardedBatches, StreamedBatches, evaluation_batches, training_batches
 from jointspar.training.config import (
     METHODS,
     REFERENCE_BATCH,
@@ -27,10 +26,11 @@ from jointspar.training.config import (
     launcher_rank,
     threads_per_rank,
 )
-from jointspar.training.datasets import Dataset, load_dataset
+from jointspar.training.data.batches import ShardedBatches, StreamedBatches, evaluation_batches, training_batches
+from jointspar.training.data.datasets import Dataset, load_dataset
+from jointspar.training.data.prefetch import prefetch
 from jointspar.training.models import build_model
 from jointspar.training.plots import plot_run
-from jointspar.training.prefetch import prefetch
 from jointspar.training.records import (
     CHECKPOINT_FOLDER,
     CURVES_FILE,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jointspar.training.mat_file import parse_mat
-from jointspar.training.properties import DatasetProperties
+from jointspar.training.data.mat_file import parse_mat
+from jointspar.training.data.properties import DatasetProperties
 
 _IDX_UINT8 = 0x08
 _MAX_BYTES = 1 << 30  # of one decompressed file: a damaged or hostile archive must not fill the memory
@@ -82,7 +82,7 @@ def read_cifar_png(path: Path, *, num_items: int) -> np.ndarray:
 
     Returns uint8 [num_items, 3, 32, 32]. Raises DatasetError.
     """
-    from jointspar.training.pictures import open_picture
+    from jointspar.training.data.pictures import open_picture
 
     with open_picture(read_bytes(path), str(path), formats=("PNG",)) as picture:
         if picture.size != (1024, num_items) or picture.mode not in ("RGB", "RGBA"):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jointspar.training.augment import normalise
-from jointspar.training.pictures import MAX_PICTURE_BYTES, SUFFIXES, decode_batch
-from jointspar.training.properties import DatasetProperties
-from jointspar.training.readers import DatasetError, read_bytes
+from jointspar.training.data.augment import normalise
+from jointspar.training.data.pictures import MAX_PICTURE_BYTES, SUFFIXES, decode_batch
+from jointspar.training.data.properties import DatasetProperties
+from jointspar.training.data.readers import DatasetError, read_bytes
 
 SPLIT_FOLDERS = {"train": "train", "test": "val"}
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from jointspar.training.properties import DatasetProperties
-from jointspar.training.readers import DatasetError
+from jointspar.training.data.properties import DatasetProperties
+from jointspar.training.data.readers import DatasetError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from jointspar.training.properties import DatasetProperties
+from jointspar.training.data.properties import DatasetProperties
 
 
 def crop_and_flip(images: torch.Tensor, random: np.random.Generator, *, padding: int, flips: bool) -> torch.Tensor:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from jointspar.training.pictures import MAX_PICTURE_BYTES, SUFFIXES
-from jointspar.training.properties import DatasetProperties
-from jointspar.training.readers import DatasetError, read_json
+from jointspar.training.data.pictures import MAX_PICTURE_BYTES, SUFFIXES
+from jointspar.training.data.properties import DatasetProperties
+from jointspar.training.data.readers import DatasetError, read_json
 
 SIZES_FILE = "sizes.json"  # optional: {"name.tar": number of samples}, which saves counting at the start
 SPLIT_PATTERNS = {"train": ("train/*.tar", "*train*.tar"), "test": ("val/*.tar", "*val*.tar")}

@@ -8,10 +8,10 @@ from itertools import chain, count, islice
 import numpy as np
 import torch
 
-from jointspar.training.augment import normalise
-from jointspar.training.datasets import Indexed, Split
-from jointspar.training.pictures import decode_batch
-from jointspar.training.shards import Sample, Shards
+from jointspar.training.data.augment import normalise
+from jointspar.training.data.datasets import Indexed, Split
+from jointspar.training.data.pictures import decode_batch
+from jointspar.training.data.shards import Sample, Shards
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # float32 [n, channels, size, size], int64 [n]
 

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from jointspar.training.augment import crop_and_flip, normalise
-from jointspar.training.class_folders import PictureFiles, has_class_folders, load_class_folders
-from jointspar.training.properties import PROPERTIES, DataFile, DatasetProperties, Form
-from jointspar.training.readers import FORMATS, DatasetError, Part
-from jointspar.training.shards import Shards, find_shards, load_shards
+from jointspar.training.data.augment import crop_and_flip, normalise
+from jointspar.training.data.class_folders import PictureFiles, has_class_folders, load_class_folders
+from jointspar.training.data.properties import PROPERTIES, DataFile, DatasetProperties, Form
+from jointspar.training.data.readers import FORMATS, DatasetError, Part
+from jointspar.training.data.shards import Shards, find_shards, load_shards
 
 DATA_ROOT_VARIABLE = "JOINTSPAR_DATA"
 
