@@ -109,6 +109,8 @@ def load(
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
         optimizer.check_state_dict(state)
         torch.Generator().set_state(own["random_state"])
+        if "device_random_state" in own and own["device_random_state"].dtype != torch.uint8:
+            raise ValueError("its random state of the device is malformed")
     except _MALFORMED as error:
         raise CheckpointError(f"{folder}: {error}") from error
     with torch.no_grad():

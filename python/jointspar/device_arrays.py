@@ -12,6 +12,7 @@ import torch
 Array = Any  # torch.Tensor, cupy.ndarray, or anything with DLPack or __cuda_array_interface__
 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_LEGACY_STREAM = 1  # cudaStreamLegacy; 2 is cudaStreamPerThread
 
 
 class Place(NamedTuple):
@@ -39,7 +40,7 @@ def named_stream(array: Array) -> int | None:
     """The cudaStream_t that an array names in `__cuda_array_interface__`: its library writes it there."""
     if isinstance(array, torch.Tensor):
         return None
-    # 1 and 2 are CUDA's own names of the legacy and the per-thread default stream.
+    # 1 and 2 are CUDA's own names of the legacy and of the per-thread default stream.
     return getattr(array, "__cuda_array_interface__", {}).get("stream") or None
 
 
@@ -60,8 +61,12 @@ class OrderedWithTorch:
 
     def __init__(self, functions: Any, device: int, stream: int) -> None:
         self._functions = functions
-        self._stream = torch.cuda.ExternalStream(stream, device=device)
         self._device = device
+        # torch takes any handle but that of the legacy default stream.
+        is_legacy = stream == _LEGACY_STREAM
+        self._stream = (
+            torch.cuda.default_stream(device) if is_legacy else torch.cuda.ExternalStream(stream, device=device)
+        )
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._functions, name)

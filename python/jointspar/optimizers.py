@@ -286,8 +286,9 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged = None
-        self._update.load_state_dict(state_dict["jointspar"]["update"])
-        self._pipeline.load_state_dict(state_dict["jointspar"])
+        own = state_dict["jointspar"]
+        self._update.load_state_dict(own.get("update", {}))
+        self._pipeline.load_state_dict(own, also_agreed=list(self._update.state_dict().values()))
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that is not of this optimizer, its parameters, groups or layers."""
@@ -295,7 +296,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         if own is None:
             raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
         self._pipeline.check_state(own)
-        self._update.check_state(own["update"])
+        self._update.check_state(own.get("update", {}))
         groups, state = state_dict["param_groups"], state_dict["state"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("state_dict: its parameter groups are of other sizes")

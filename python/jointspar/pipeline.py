@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -245,15 +246,18 @@ class Pipeline:
         if state["lesson"]:
             Lesson.from_state(state["lesson"])
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, once `check_state` has passed it. Collective: plans the step again."""
+    def load_state_dict(self, state: dict[str, Any], also_agreed: Sequence[torch.Tensor] = ()) -> None:
+        """Continue from `state_dict`, once `check_state` has passed it. Collective: plans the step again.
+
+        also_agreed: what else must be the same on all ranks now.
+        """
         self.distribution.load_state_dict(state["distribution"])
         self.backward.set_trainable(range(len(self.layers.parameters)), np.asarray(state["trainable"]))
         self.step_count = int(state["step"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
         self.chooser.load_state_dict(state["exchange"])
-        self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash(self.chooser.agreed()))
+        self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash([self.chooser.agreed(), *also_agreed]))
         self.draw_next()
 
     def _check_weights(self) -> None:

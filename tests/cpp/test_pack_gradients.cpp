@@ -25,7 +25,11 @@ void check_large_pack(DType dtype, int64_t shift) {
     const std::vector<float> source = test::random_floats(kSize, 3);
     std::vector<Packed> packed(static_cast<std::size_t>(kSize + shift + 1));
     const PackSlice slice{source.data(), DType::kFloat32, shift, kSize, 1.5};
-    pack_gradients_cpu(&slice, 1, packed.data(), dtype, nullptr);
+    double norm = 0.0;
+    pack_gradients_cpu(&slice, 1, packed.data(), dtype, &norm);
+    double exact = 0.0;
+    for (const float value : source) exact += static_cast<double>(value) * value;
+    CHECK(norm > exact * (1 - 1e-6) && norm < exact * (1 + 1e-6));
     int64_t num_wrong = 0;
     for (std::size_t i = 0; i < source.size(); ++i) {
         const auto expected = convert<Packed>(source[i] * 1.5f);

@@ -1,4 +1,5 @@
 #include "check.h"
+#include "common/float16.h"
 #include "jointspar/unpack_gradients.h"
 
 namespace jointspar {
@@ -25,6 +26,17 @@ TEST(large_unpacks_copy_every_element) {
     unpack_gradients_cpu(packed.data(), DType::kFloat32, &slice, 1, false);
     CHECK(target.front() == 0.0f);
     CHECK(std::vector<float>(target.begin() + 1, target.end()) == packed);
+}
+
+TEST(large_unpacks_convert_every_element) {
+    std::vector<BFloat16> packed;
+    for (const float value : test::random_floats(12'000'011, 6)) packed.push_back(convert<BFloat16>(value));
+    std::vector<float> target(packed.size() + 1);
+    const UnpackSlice slice{target.data() + 1, DType::kFloat32, 0, static_cast<std::int64_t>(packed.size())};
+    unpack_gradients_cpu(packed.data(), DType::kBFloat16, &slice, 1, false);
+    std::int64_t num_wrong = 0;
+    for (std::size_t i = 0; i < packed.size(); ++i) num_wrong += target[i + 1] != convert<float>(packed[i]) ? 1 : 0;
+    CHECK(num_wrong == 0);
 }
 
 TEST(add_packed_adds_in_place) {

@@ -166,9 +166,9 @@ def test_cupy_work_is_put_on_the_current_stream_of_cupy() -> None:
 class NamesItsStream:
     """An array of a library that torch does not know, with work on a stream of that library's."""
 
-    def __init__(self, values: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    def __init__(self, values: torch.Tensor, stream: int) -> None:
         interface = dict(values.__cuda_array_interface__)
-        self.__cuda_array_interface__ = interface | {"version": 3, "stream": stream.cuda_stream}
+        self.__cuda_array_interface__ = interface | {"version": 3, "stream": stream}
         self.shape, self.ndim, self.dtype = tuple(values.shape), values.ndim, values.dtype
 
 
@@ -180,6 +180,13 @@ def test_work_on_an_array_that_names_its_stream_is_in_order_there_and_on_the_cur
         with torch.cuda.stream(stream):
             keep_busy(50)
             x.fill_(2.0)
-        norms = ops.squared_norms([NamesItsStream(x, stream)])
+        norms = ops.squared_norms([NamesItsStream(x, stream.cuda_stream)])
         doubled = 2 * norms  # on the current stream
     assert doubled.tolist() == [8.0 * SIZE]
+
+
+@pytest.mark.parametrize("stream", [1, 2], ids=["legacy default", "per-thread default"])
+def test_an_array_may_name_one_of_cudas_default_streams(stream: int) -> None:
+    x = torch.full((SIZE,), 2.0, device=DEVICE)
+    torch.cuda.synchronize()
+    assert ops.squared_norms([NamesItsStream(x, stream)]).tolist() == [4.0 * SIZE]

@@ -503,6 +503,15 @@ def states_remember_other_measurements():
     _expect_desync(lambda: optimizer.load_state_dict(state))
 
 
+def states_carry_other_norms():
+    rank = js.comm.world().rank
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["jointspar"]["update"]["steps"] += rank
+    _expect_desync(lambda: optimizer.load_state_dict(state))
+
+
 def probabilities_differ():
     rank = js.comm.world().rank
     model = make_model()
@@ -574,6 +583,7 @@ DIFFERENCES = {
     clipping_differs: "hyperparameters, or which parameters are frozen differ",
     one_freezes_a_layer: "hyperparameters, or which parameters are frozen differ",
     states_remember_other_measurements: "the chosen exchange, ",
+    states_carry_other_norms: "the chosen exchange, ",
     probabilities_differ: "the shared probabilities or draws differ",
     shared_draws_differ: "the shared probabilities or draws differ",
     one_saves_and_one_steps: "rank 0: step 0 exchange; rank 1: save at step 0",

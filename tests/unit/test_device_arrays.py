@@ -21,11 +21,17 @@ def diary(monkeypatch):
 
     def stream(name):
         return SimpleNamespace(
-            name=name, cuda_stream=1, wait_stream=lambda other: entries.append(f"{name} waits for {other.name}")
+            name=name, cuda_stream=0, wait_stream=lambda other: entries.append(f"{name} waits for {other.name}")
         )
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream("torch"))
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: stream(handle))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream("default"))
+
+    def external_stream(handle, device):
+        assert handle != 1  # torch refuses the legacy default stream by its handle
+        return stream(handle)
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", external_stream)
     monkeypatch.setattr(
         "jointspar.backends.on_device.empty", lambda place, size, dtype: entries.append("new result") or "result"
     )
@@ -37,12 +43,22 @@ def test_a_named_stream_is_that_of_the_interface_and_no_tensor_has_one():
     assert [named_stream(array) for array in (Interface(stream=None), Interface(), torch.ones(1), None)] == [None] * 4
 
 
-@pytest.mark.parametrize(("array", "handle"), [(Interface(stream=7), 7), (Interface(), 1)])
-def test_work_on_a_named_stream_comes_between_the_work_of_torch(array, handle, diary):
+@pytest.mark.parametrize(
+    ("array", "handle", "name"),
+    [
+        (Interface(stream=7), 7, 7),
+        (Interface(stream=2), 2, 2),
+        (Interface(stream=1), 1, "default"),
+        (Interface(), 0, ""),
+    ],
+)
+def test_work_on_a_named_stream_comes_between_the_work_of_torch(array, handle, name, diary):
     def squared_norms(grads, sizes, norms, *, device, stream):
         diary.append(f"launch on {stream}")
 
     served = OnDevice(SimpleNamespace(squared_norms=squared_norms), Place(0, "torch"), array)
     assert served.squared_norms([array], None) == "result"
-    launch = ["7 waits for torch", "launch on 7", "torch waits for 7"] if handle == 7 else ["launch on 1"]
+    launch = [f"launch on {handle}"]
+    if name:
+        launch = [f"{name} waits for torch", *launch, f"torch waits for {name}"]
     assert diary == ["new result", *launch]

@@ -119,6 +119,26 @@ def test_the_packed_buffer_stays_where_it_is_once_it_has_seen_the_largest_set():
     assert len(places) == 1
 
 
+class NoNumberIsRead(TorchDispatchMode):
+    """`item()`, `float(tensor)` and the like would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number was read"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+@pytest.mark.parametrize("strategy", ["independent", "stratified", "shared"])
+def test_with_lag_no_number_is_read_out_of_a_tensor(kind, strategy):
+    model = make_model()
+    optimizer = kind(model.named_parameters(), sampling=js.Sampling(budget=0.5, strategy=strategy, lag=1))
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).square().mean().backward()
+        with NoNumberIsRead():
+            optimizer.step()
+
+
 class Allocations(TorchDispatchMode):
     """The bytes of every storage that a torch operation makes."""
 

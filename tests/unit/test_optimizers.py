@@ -269,6 +269,11 @@ def test_a_state_of_another_optimizer_is_refused_and_changes_nothing():
         lambda state: state["param_groups"][0].pop("trust_coefficient"),
         lambda state: state["param_groups"][0].update(lr=-1.0),
         lambda state: state["param_groups"].append(dict(state["param_groups"][0])),
+        lambda state: state["jointspar"]["update"].pop("norms"),
+        lambda state: state["jointspar"]["update"].pop("steps"),
+        lambda state: state["jointspar"]["update"].update(norms=[1.0]),
+        lambda state: state["jointspar"]["update"].update(norms=state["jointspar"]["update"]["norms"].to_sparse()),
+        lambda state: state["jointspar"]["update"].update(steps=torch.tensor(-1)),
     ],
 )
 def test_a_spoilt_state_is_refused_and_changes_nothing(spoil):
@@ -586,9 +591,29 @@ def test_norms_are_measured_again_when_somebody_else_writes_the_weights():
     train(twin, other, 1, torch.float64)
     with torch.no_grad():
         twin[0].weight.mul_(3.0)
-    other.load_state_dict(other.state_dict())  # forgets all carried norms
-    train(twin, other, 1, torch.float64)
+    state = other.state_dict()
+    state["jointspar"]["update"].clear()  # nothing is carried then
+    fresh = js.JointSparLARS(twin.named_parameters(), **settings)
+    fresh.load_state_dict(state)
+    train(twin, fresh, 1, torch.float64)
     assert (weights(model) - weights(twin)).norm() <= 1e-12 * weights(model).norm()
+
+
+def test_versions_are_counted_where_torch_refuses_inference_tensors(monkeypatch):
+    """As torch before 2.13 does."""
+    with torch.inference_mode():
+        inference = torch.ones(3)
+    ordinary, count = torch.ones(3), torch.autograd.graph.increment_version
+
+    def refusing(tensors):
+        if any(tensor.is_inference() for tensor in tensors):
+            raise RuntimeError("Inference tensors do not track version counter.")
+        count(tensors)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", refusing)
+    version = ordinary._version
+    js.ops.unpack_gradients(torch.zeros(6), [inference, ordinary])
+    assert ordinary._version > version
 
 
 def test_writing_parameters_bumps_their_version_as_torch_does():

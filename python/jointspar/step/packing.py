@@ -107,16 +107,16 @@ class Packer:
 
 
 def gradient_scales(strategy: str, drawn_probabilities: np.ndarray, counts: np.ndarray, world_size: int) -> np.ndarray:
-    """Factors that make the sum over ranks an unbiased mean gradient; float64 [num_layers].
+    """Factors that make the sum over ranks an unbiased mean gradient; float64 of the shape of `counts`.
 
     1 / (p * M) where ranks draw by themselves or all alike, 1 / (k * min(1, M * p)) for the k ranks of a stratified
     draw. 0 where nobody computed the layer.
 
     Args:
-        counts: int64 [num_layers], the number of ranks k that computed each layer.
+        counts: int64 [num_layers] (or more dimensions before), the number of ranks k that computed each layer.
     """
     if strategy == "stratified":
         divisor = counts * np.minimum(1.0, world_size * drawn_probabilities)
     else:
         divisor = world_size * drawn_probabilities
-    return np.divide(1.0, divisor, out=np.zeros(divisor.size), where=counts > 0)
+    return np.divide(1.0, divisor, out=np.zeros(counts.shape), where=counts > 0)

@@ -11,7 +11,9 @@ import torch
 from jointspar import ops
 
 REMEASURE_EVERY = 100  # steps after which carried norms are measured again
-_SAME_WEIGHTS = 1e-5  # carried and measured norms of the same weights differ by less, relatively
+# Carried and measured norms of the same weights differ by less, relatively: their sums may have another order.
+_SAME_WEIGHTS = {torch.float64: 1e-12}
+_SAME_WEIGHTS_IN_FLOAT = 1e-6
 
 
 class HyperParameters:
@@ -141,17 +143,21 @@ class LarsUpdate:
         return {"norms": norms.cpu(), "steps": torch.tensor(self._steps)}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError for a state of other parameters."""
-        if state and (state["norms"].shape != self._norms.shape or int(state["steps"]) < 0):
+        """Raises ValueError for a state of other parameters. In an empty one nothing is carried."""
+        if not state:
+            return
+        expected = {"norms": (torch.float64, self._norms.shape), "steps": (torch.int64, torch.Size())}
+        if {name: _kind_of(value) for name, value in state.items()} != expected or int(state["steps"]) < 0:
             raise ValueError(f"state_dict: its norms are not of {len(self._parameters)} parameters")
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Carry on with saved norms, but not with those of other weights than the parameters have now."""
+        """Carry on with saved norms where they are, up to rounding, those of the weights that are there now."""
         if not state:
             return
         saved = state["norms"].to(self._norms)
         measured = torch.sqrt(ops.squared_norms(list(self._parameters)))
-        is_same = (saved - measured).abs() <= _SAME_WEIGHTS * measured
+        tolerances = [_SAME_WEIGHTS.get(parameter.dtype, _SAME_WEIGHTS_IN_FLOAT) for parameter in self._parameters]
+        is_same = (saved - measured).abs() <= torch.tensor(tolerances).to(measured) * measured
         self._norms = torch.where(is_same, saved, torch.nan)
         self._note_places(np.arange(len(self._parameters)), self._parameters)
         self._steps = int(state["steps"])
@@ -238,6 +244,12 @@ def host_index(positions: np.ndarray, device: torch.device) -> torch.Tensor:
     """Positions as an index on `device`; waits for nothing there."""
     index = torch.from_numpy(positions)
     return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
+
+
+def _kind_of(value: object) -> tuple[torch.dtype, torch.Size] | None:
+    """What a dense tensor is; None for anything else."""
+    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return (value.dtype, value.shape) if is_dense else None  # type: ignore[attr-defined]
 
 
 def _with_idle(

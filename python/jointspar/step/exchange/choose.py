@@ -93,15 +93,15 @@ class Chooser:
         """
         if self._device.type == "cuda" and self._is_called:
             for name, exchange in self._candidates.items():
-                if self._custom is not None or name != "allreduce" or not self._takes_cuda(exchange):
+                if self._custom is not None or name != "allreduce" or not self._takes_cuda(exchange, num_bytes):
                     self._candidates[name] = Staged(exchange)
         if len(self._candidates) > 1:
             self.costs = measure(self._candidates, self._transport, self._dtype, num_bytes, self._device)
 
-    def _takes_cuda(self, exchange: Exchange) -> bool:
+    def _takes_cuda(self, exchange: Exchange, num_bytes: int) -> bool:
         if not self._transport.agree_on_cuda():
             return False
-        is_right = adds_up(exchange, self._transport, self._dtype, self._device)
+        is_right = adds_up(exchange, self._transport, self._dtype, num_bytes, self._device)
         if not is_right and self._transport.rank == 0:
             warnings.warn(f"{self._transport.name}: a wrong sum of CUDA memory; staged through the host", stacklevel=2)
         return is_right

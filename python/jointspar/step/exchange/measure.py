@@ -18,6 +18,9 @@ _SMALLEST_BYTES = 16 * 1024
 _GROWTH = 16  # from one buffer to the next
 _LARGEST_BYTES = 32 * 1024 * 1024  # beyond the caches
 _SECONDS = 0.3  # that one buffer may take: no further round after that, and no larger buffer than promises it
+_SHORT_TRIAL = 1000  # elements
+_LARGEST_TRIAL_BYTES = 4 * 1024 * 1024
+_ADDING_RANKS = 32
 _ROUNDS = 3  # the best counts: anything else on the machine only makes an exchange slower
 
 
@@ -79,14 +82,25 @@ def measure(
     return Costs(tuple(length * dtype.itemsize for length in lengths), seconds)
 
 
-def adds_up(exchange: Exchange, transport: Transport, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an exchange gave every rank the right sum of a small buffer. Collective; the same answer on all ranks."""
-    length, num_adding = 1000, 32  # sums stay whole numbers below 256, exact in every float dtype
-    pattern = torch.arange(length, device=device).remainder(8).to(dtype)
-    buffer = pattern * (transport.rank < num_adding)
-    exchange(transport, buffer, what="trying an exchange")
-    wait_for_stream(transport, device, what="trying an exchange")
-    is_right = torch.equal(buffer, pattern * min(transport.world_size, num_adding))
+def adds_up(exchange: Exchange, transport: Transport, dtype: torch.dtype, num_bytes: int, device: torch.device) -> bool:
+    """Whether an exchange gives every rank the right sums. Collective; the same answer on all ranks.
+
+    num_bytes: of the largest buffer to come; the trials are a short buffer and one of that size or 4 MiB. Every rank
+    adds numbers of its own, 32 ranks at a time, so that sums stay whole numbers below 256, exact in every float dtype.
+    """
+    is_right = True
+    longest = max(1, min(num_bytes, _LARGEST_TRIAL_BYTES) // dtype.itemsize)
+    for length in sorted({min(longest, _SHORT_TRIAL), longest}):
+        positions = torch.arange(length, device=device)
+        for first in range(0, transport.world_size, _ADDING_RANKS):
+            adding = range(first, min(first + _ADDING_RANKS, transport.world_size))
+            buffer = ((positions + transport.rank).remainder(8) * (transport.rank in adding)).to(dtype)
+            exchange(transport, buffer, what="trying an exchange")
+            wait_for_stream(transport, device, what="trying an exchange")
+            expected = torch.zeros_like(positions)
+            for rank in adding:
+                expected += (positions + rank).remainder(8)
+            is_right = is_right and torch.equal(buffer, expected.to(dtype))
     rows = transport.start_headers(np.array([is_right], dtype=np.int64), what="trying an exchange").wait()
     return bool(rows.all())
 
