@@ -1,7 +1,7 @@
 """What each rank runs to time the exchanges; rank 0 writes the figures of all ranks as JSON.
 
-Two things are exchanged: buffers of given lengths which all ranks computed ("dense"), and a model's packed gradients with
-half of the layers drawn for each rank ("stratified"). In each round the exchanges follow one another.
+Two things are exchanged: buffers of given lengths which all ranks computed ("dense"), and a model's packed gradients
+with half of the layers drawn for each rank ("stratified"). In each round the exchanges follow one another.
 """
 
 from __future__ import annotations
