@@ -1,6 +1,6 @@
 """What each rank runs to time the exchanges; rank 0 writes the figures of all ranks as JSON.
 
-Two things are exchanged: buffers of given lengths which all ranks computed ("dense"), and ResNet-18's packed gradients
+Two things are exchanged: buffers of given lengths which all ranks computed ("dense"), and a model's packed gradients
 with half of the layers drawn for each rank ("stratified"). In each round the exchanges follow one another.
 """
 
@@ -20,9 +20,9 @@ from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices, candidates
 from jointspar.step.layers import group_layers
 from jointspar.step.packing import Packer
-from jointspar.training.models import build_model
 from network.counters import received_bytes, sent_bytes
 from step.exchange import draw_slices
+from step.models import CASES, make_model
 
 Rows = dict[str, list[np.ndarray]]  # by exchange; a round each: int64 [world_size, 4], see `run_once`
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--interface", required=True)
     parser.add_argument("--megabytes", type=float, nargs="+", required=True)
     parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--model", choices=CASES, default="resnet18")
     options = parser.parse_args()
     comm = js.comm.world()
     torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def exchange_dense(comm: Transport, options: argparse.Namespace, num_bytes: int)
 
 def exchange_stratified(comm: Transport, options: argparse.Namespace) -> dict[str, Any]:
     """Every exchange of a model's packed gradients at a budget of one half, a draw a round."""
-    layers = group_layers(build_model(options.model, 3, 10, 32, seed=0).named_parameters())
+    layers = group_layers(make_model(CASES[options.model]).named_parameters())
     packer = Packer(layers.parameters, layers.names, None)
     dense_bytes = packer.dense_bytes(np.ones(len(layers.parameters), dtype=bool))
     chooser = Chooser("auto", comm, packer.wire_dtype, is_partial=True)

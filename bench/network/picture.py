@@ -45,8 +45,9 @@ def _draw_exchanges(axes: Axes, cells: Sequence[Cell]) -> None:
         axes.plot([x for x, _ in points], [row["of_ideal"]["median"] for _, row in points], style, c=colour, label=name)
         chosen = [(x, row["of_ideal"]["median"]) for x, row in points if row["is_chosen"]]
         axes.plot([x for x, _ in chosen], [y for _, y in chosen], "o", mfc="none", c=colour)
+    _name_rates(axes, cells)
     axes.axhline(SHARE_OF_IDEAL, color="black", lw=0.8, ls="--")
-    axes.set(xscale="log", xlabel="Gbit/s", ylabel="time / ideal", ylim=(0.8, None))
+    axes.set(ylabel="time / ideal", ylim=(0.8, None))
 
 
 def draw_iterations(path: Path, record: Record, cells: Sequence[Cell]) -> Path | None:
@@ -73,7 +74,15 @@ def _draw_methods(axes: Axes, cells: Sequence[Cell]) -> None:
         points = [(cell["gbits"], row) for cell in cells for row in cell["variants"] if row["variant"] == name]
         rates = [1e3 / row["ms"]["median"] for _, row in points]
         axes.plot([x for x, _ in points], rates, ROLE_STYLES[role], marker=".", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="Gbit/s", ylabel="iterations / s")
+    _name_rates(axes, cells)
+    axes.set(yscale="log", ylabel="iterations / s")
+
+
+def _name_rates(axes: Axes, cells: Sequence[Cell]) -> None:
+    rates = [cell["gbits"] for cell in cells]
+    axes.set(xscale="log", xlabel="Gbit/s")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
 
 
 def _panels(rows: Sequence[str], ranks: Sequence[int]) -> tuple[Figure, dict[tuple[str, int], Axes]]:
