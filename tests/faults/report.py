@@ -94,7 +94,7 @@ def _fault_table(cases: dict[str, dict[str, Any]]) -> list[str]:
         figures = [counts.get(column, 0) for column in _COLUMNS]
         slowest = f"{counts['slowest_end']:g}" if counts.get("slowest_end") else ""
         lines.append(
-            _row(fault, *figures, counts.get("jobs", ""), f"{counts['seconds']:.0f}", slowest, *_commits(counts))
+            _row(fault, *figures, counts["jobs"] or "", f"{counts['seconds']:.0f}", slowest, *_commits(counts))
         )
     for fault, counts in cases.items():
         if counts.get("places"):
