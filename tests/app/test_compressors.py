@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,19 @@ def test_random_rounding_is_unbiased(code: Compressor) -> None:
     standard_errors = draws.std(axis=0) / math.sqrt(num_draws)
     assert (standard_errors > 0).sum() >= 35
     assert (abs(draws.mean(axis=0) - values) <= 4 * standard_errors + 1e-6).all()
+
+
+class Largest:
+    """Draws the largest float32 below 1 every time."""
+
+    def random(self, size: int, dtype: type) -> np.ndarray:
+        return np.full(size, np.nextafter(np.float32(1), np.float32(0)), dtype=dtype)
+
+
+@pytest.mark.parametrize("code", [Qsgd(), Qsgd(127), TernGrad()], ids=str)
+def test_the_largest_magnitude_is_never_rounded_up(code: Any) -> None:
+    message = code.encode(torch.tensor([3.0, -3.0, 3.0]), Largest())
+    assert code.decode(message, 3).tolist() == [3.0, -3.0, 3.0]
 
 
 @pytest.mark.parametrize("width", range(1, 9))

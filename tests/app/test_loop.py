@@ -96,7 +96,7 @@ def test_resumed_run_gives_the_same_weights(tmp_path: Path, interrupted_at: int,
     assert [record["step"] for record in records[1]] == [record["step"] for record in records[0]]
 
 
-@pytest.mark.parametrize("method", ["topk", "signsgd-lars", "qsgd", "terngrad", "randomk", "powersgd", "bf16"])
+@pytest.mark.parametrize("method", ["topk", "qsgd-lars", "randomk", "powersgd"])
 def test_resumed_baseline_gives_the_same_weights(tmp_path: Path, method: str) -> None:
     config = {**SHORT, "method": method, "base_lr": 0.05}
     train(TrainConfig(out=tmp_path / "whole", **config))

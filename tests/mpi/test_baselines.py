@@ -156,9 +156,9 @@ def test_the_command_line_trains_and_resumes_with_topk(tmp_path) -> None:
         job = run_job([*find_launcher("mpirun"), "2", *command], 100)
         assert job.code == 0, job.output
 
-    run("whole")
-    run("parts", "--max-steps", "7")
-    run("parts", "--resume")
+    run("whole", "--max-steps", "9")
+    run("parts", "--max-steps", "4")
+    run("parts", "--max-steps", "9", "--resume")
     newest = [max((tmp_path / folder / "checkpoint").glob("step-*")) for folder in ("whole", "parts")]
     for name in ("shared", "rank-0", "rank-1"):
         whole, parts = (load_file(folder / f"{name}.safetensors") for folder in newest)

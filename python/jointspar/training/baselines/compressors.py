@@ -13,8 +13,6 @@ import torch
 
 from jointspar.training.baselines.bits import pack_bits, packed_size, unpack_bits
 
-_TINY = torch.finfo(torch.float32).tiny
-
 
 class Compressor(Protocol):
     """A lossy code whose length follows from the number of elements."""
@@ -160,10 +158,11 @@ def _round_at_random(
 ) -> torch.Tensor:
     """Codes 0 to 2 * levels, uint8 [size], for -scale to scale; the expected level is the value.
 
-    Where a scale is not finite the code says nothing: what is decoded is not finite either.
+    Where a scale is 0 the code is that of 0; where it is not finite the code says nothing, as what is decoded is not
+    finite either.
     """
     uniform = torch.from_numpy(random.random(values.numel(), dtype=np.float32))
-    exact = values.abs() / scales.clamp(min=_TINY) * levels
+    exact = values.abs() / scales * levels
     level = (exact + uniform).floor().nan_to_num().clamp(max=levels)  # the sum may be rounded up to levels + 1
     return (levels + level * values.sign()).nan_to_num().to(torch.uint8)
 
