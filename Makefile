@@ -40,7 +40,7 @@ help:
 	@echo "make fuzz     random arguments, headers and files for FUZZ_SECONDS=60"
 	@echo "make lint     ruff, mypy, clang-format; changes nothing"
 	@echo "make format   rewrite the sources as lint wants them"
-	@echo "make bench    measure the operations, forward and backward (bench/README.md)"
+	@echo "make bench    measure the operations, backward and whole iterations (bench/README.md)"
 	@echo "make test-gpu, make bench-gpu    test or measure on a GPU, with PYTHON as it is: see CONTRIBUTING.md"
 	@echo "make clean    remove builds and caches; keeps $(VENV) and runs/ (clean-all: not $(VENV))"
 
@@ -133,7 +133,7 @@ format: $(VENV)/.stamp-extra-dev
 	@clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/.stamp-project $(VENV)/.stamp-extra-bench
-	@for what in ops backward; do $(VENV)/bin/python -m jointspar bench $$what || exit 1; done
+	@for what in ops backward step; do $(VENV)/bin/python -m jointspar bench $$what || exit 1; done
 
 # On a GPU: PYTHON as it is, nothing installed and nothing fetched; what it lacks may be wheels in the folder WHEELS.
 test-gpu:

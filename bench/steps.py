@@ -85,8 +85,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"of {', '.join(METHODS)}",
     )
-    parser.add_argument("--rounds", type=_positive, default=5, help="samples of each method (default 5)")
-    parser.add_argument("--iterations", type=_positive, default=4, help="timed ones in a sample (default 4)")
+    parser.add_argument("--rounds", type=_positive, default=3, help="samples of each method (default 3)")
+    parser.add_argument("--iterations", type=_positive, default=3, help="timed ones in a sample (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default bench/results)")
     parser.add_argument(
         "--quick",

@@ -88,6 +88,7 @@ class Iteration:
         self.setting = setting
         self.module: nn.Module = setting.model
         self.loss = torch.tensor(torch.nan)  # of the last iteration, on this rank
+        self.exchange = "gloo"  # what summed its gradients
 
     def run(self, batch: Batch) -> dict[str, float]:
         """One iteration; milliseconds by phase."""
@@ -133,6 +134,7 @@ class JointSpar(Iteration):
     def finish(self, laps: Laps) -> None:
         self._optimizer.step()
         laps.note("other")
+        self.exchange = self._optimizer.stats.exchange
         for phase, ms in self._optimizer.stats.phase_ms.items():
             laps.move("other", PHASE_OF[phase], ms)
 
@@ -169,8 +171,8 @@ class Plain(Iteration):
         if self._comm.world_size > 1:
             grads, _ = ops.pack_gradients(grads, 1.0 / self._comm.world_size, out=self._packed)
             laps.note("pack")
-            name = self._chooser.choose(self._slices)
-            self._chooser.exchange(name, grads, what="plain exchange", slices=self._slices)
+            self.exchange = self._chooser.choose(self._slices)
+            self._chooser.exchange(self.exchange, grads, what="plain exchange", slices=self._slices)
             laps.note("exchange")
         hyper: dict[str, Any] = {**LARS, "lr": self.setting.lr, "weight_decay": self._weight_decay}
         norms = ops.lars_update(self._params, self._momenta, grads, param_norms=self._param_norms, **hyper)

@@ -52,6 +52,7 @@ def _row(name: str, samples: list[dict[str, Any]], ms: Mapping[str, np.ndarray],
         "wire_bytes": spread(np.array(wire_bytes))._asdict(),
         "wire_bytes_counted_by": "transport" if is_counted else "interface",
         "interface_bytes": spread(np.array([sample["interface_bytes"] for sample in samples]))._asdict(),
+        "exchanges": sorted({sample["exchange"] for sample in samples}),
         "speedup": times(best_dense),
         "of_plain": times(FLOOR),
     }

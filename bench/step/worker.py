@@ -97,6 +97,7 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
     """Means over iterations of the slowest rank's phases in ms, and of the bytes per rank and iteration.
 
     sent_bytes: as the transport counts them; None for peers. interface_bytes: as the interface does, headers included.
+    exchange: that of the last iteration.
     """
     ranks = method.setting.ranks
     for _ in range(WARM_UP):
@@ -121,6 +122,7 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
         "phases": dict(zip(PHASES, slowest.tolist(), strict=True)),
         "sent_bytes": None if np.isnan(sent_bytes) else float(sent_bytes),
         "interface_bytes": float(interface_bytes),
+        "exchange": method.exchange,
     }
 
 
@@ -198,8 +200,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file that rank 0 writes")
     parser.add_argument("--model", choices=CASES, default="resnet18")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=4, help="timed ones in a round, or those of the loss curve")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=3, help="timed ones in a round, or those of the loss curve")
     parser.add_argument("--threads", type=int, default=1, help="of torch on each rank")
     parser.add_argument("--interface", default=SHARED_INTERFACE, help="network interface of gloo (default lo)")
     curve = parser.add_argument_group("loss curve")

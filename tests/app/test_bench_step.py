@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from PIL import Image
 
 import compare
 import steps
-from jobs import find_launcher
-from jointspar import cli
+from jobs import find_launcher, run_job
 from results import SCHEMA, STEP_SCHEMA
 from step import jobs as step_jobs
 from step.methods import METHODS, PHASES, Laps
@@ -23,7 +23,7 @@ def sample(turn: int, method: str, ms: float, sent_bytes: float | None = None) -
     """What a worker says of a method in one round, all of the time in forward."""
     phases = dict.fromkeys(PHASES, 0.0) | {"forward": ms}
     return {"round": turn, "method": method, "ms": ms, "phases": phases, "sent_bytes": sent_bytes,
-            "interface_bytes": 8e6}  # fmt: skip
+            "interface_bytes": 8e6, "exchange": "ring"}  # fmt: skip
 
 
 def result(*samples: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,10 @@ def rows_of(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_quick_run_times_every_method_and_writes_its_results(tmp_path: Path) -> None:
     find_launcher("mpirun")  # skips, or fails under `make test`, where there is no MPI
-    assert cli.main(["bench", "step", "--quick", "--out", str(tmp_path)]) == 0
+    command = [sys.executable, "-m", "jointspar", "bench", "step", "--quick", "--out", str(tmp_path)]
+    job = run_job(command, timeout=200)
+    assert job.code == 0, job.output
+    assert job.orphans == 0
     (path,) = tmp_path.glob("*-step-quick.json")
     record = json.loads(path.read_text())
     assert record["schema"] == STEP_SCHEMA and record["quick"]

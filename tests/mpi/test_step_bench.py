@@ -92,14 +92,14 @@ def test_every_method_leaves_equal_weights_and_dense_ones_are_lars(run_ranks):
 
 @by_mpirun
 def test_different_weights_are_noticed(run_ranks):
-    job = run_ranks(2, differ)
+    job = run_ranks(2, differ, timeout=120)
     assert job.output.count("different weights: rank") == 2
 
 
 @by_mpirun
 def test_loss_curve_has_a_loss_for_every_iteration(run_ranks, tmp_path):
     out = tmp_path / "curve.json"
-    run_ranks(2, record_a_curve, env={"CURVE": str(out)})
+    run_ranks(2, record_a_curve, timeout=120, env={"CURVE": str(out)})
     curve = json.loads(out.read_text())
     assert curve["method"] == "stratified_0.5"
     assert len(curve["losses"]) == 3
