@@ -44,9 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jointspar bench network: {'skipped: ' if options.quick else ''}{reason}", file=sys.stderr)
         return 0 if options.quick else 2
     found, left_out = launchers.find(options.launchers, INTERFACE)
-    if not found:
+    if all(launcher.name == "gloo" for launcher in found):  # `step.worker` makes its gloo group beside MPI
+        left_out |= {part: "needs an MPI" for part in options.parts if part != "transfers"}
+        options.parts = [part for part in options.parts if part == "transfers"]
+    if not found or not options.parts:
         print(f"jointspar bench network: {'; '.join(left_out.values())}", file=sys.stderr)
         return 2
+    found.sort(key=lambda launcher: launcher.name == "gloo")  # an MPI first
     record = new_record("network", sys.argv[1:] if arguments is None else arguments, options, left_out, schema=SCHEMA)
     cells: list[Cell] = []
     try:
@@ -148,7 +152,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ranks", type=_ranks, nargs="+", default=[2, 4], metavar="N", help="one a host, default 2 4")
     add(
         "--launchers", nargs="+", choices=launchers.NAMES, default=list(launchers.NAMES), metavar="L",
-        help=f"of {', '.join(launchers.NAMES)} (default all); iterations and loss take the first",
+        help=f"of {', '.join(launchers.NAMES)} (default all); iterations and loss take the first MPI",
     )  # fmt: skip
     add("--rounds", type=_positive, default=5, help="samples of each exchange and method (default 5)")
     add("--megabytes", type=float, nargs="+", default=[4.0, 16.0], metavar="MB", help="of dense buffers, default 4 16")
