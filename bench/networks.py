@@ -54,8 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = new_record("network", sys.argv[1:] if arguments is None else arguments, options, left_out, schema=SCHEMA)
     cells: list[Cell] = []
     try:
-        with tqdm(total=_num_jobs(options, found), unit="job", disable=None) as progress:
-            for cell in _cells(options, found, progress):
+        with (
+            standing(max(options.ranks), options.rates[0]) as hosts,
+            tqdm(total=_num_jobs(options, found), unit="job", disable=None) as progress,
+        ):
+            for cell in _cells(hosts, options, found, progress):
                 progress.write(_table(cell))
                 cells.append(cell)
                 path = save(record, cells, options.out, _name(options))  # each time: what there is, is kept
@@ -69,20 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _cells(options: argparse.Namespace, found: Sequence[Launcher], progress: tqdm) -> Iterator[Cell]:
-    with standing(max(options.ranks), options.rates[0]) as hosts:
-        for rate in options.rates:
-            hosts.set_rate(rate)
-            for num_ranks in options.ranks:
-                progress.set_description(f"{num_ranks} ranks at {rate:g} Gbit/s")
-                if "transfers" in options.parts:
-                    yield from _transfers(hosts, found, num_ranks, options, progress)
-                if "iterations" in options.parts:
-                    settings = options.model, options.methods, options.rounds, options.iterations
-                    yield training.time_methods(hosts, found[0], num_ranks, *settings)
-                    progress.update()
-        if "loss" in options.parts:
-            yield from _time_to_loss(hosts, found[0], options, progress)
+def _cells(hosts: Hosts, options: argparse.Namespace, found: Sequence[Launcher], progress: tqdm) -> Iterator[Cell]:
+    for rate in options.rates:
+        hosts.set_rate(rate)
+        for num_ranks in options.ranks:
+            progress.set_description(f"{num_ranks} ranks at {rate:g} Gbit/s")
+            if "transfers" in options.parts:
+                yield from _transfers(hosts, found, num_ranks, options, progress)
+            if "iterations" in options.parts:
+                settings = options.model, options.methods, options.rounds, options.iterations
+                yield training.time_methods(hosts, found[0], num_ranks, *settings)
+                progress.update()
+    if "loss" in options.parts:
+        yield from _time_to_loss(hosts, found[0], options, progress)
 
 
 def _transfers(
