@@ -26,6 +26,7 @@ from step.methods import METHODS
 from step.models import CASES
 
 SCHEMA = "jointspar-bench-network/1"
+RATES, RANKS = [10.0, 1.0, 0.3, 0.1], [2, 4]
 PARTS = ("transfers", "iterations", "loss")
 COMPARED = (
     "ddp", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "stratified_0.75", "stratified_0.5", "stratified_0.25",
@@ -142,16 +143,19 @@ def _name(options: argparse.Namespace) -> str:
     if options.quick:
         return "network-quick"
     parts = [] if options.parts == list(PARTS) else options.parts
-    found = [] if options.launchers == list(launchers.NAMES) else options.launchers
-    return "-".join(["network", *parts, *found, *(f"{n}r" for n in options.ranks if options.ranks != [2, 4])])
+    chosen = [] if options.launchers == list(launchers.NAMES) else options.launchers
+    rates = [] if options.rates == RATES else [f"{rate:g}gbits" for rate in options.rates]
+    ranks = [] if options.ranks == RANKS else [f"{number}r" for number in options.ranks]
+    methods = [] if options.methods == list(COMPARED) else [f"{len(options.methods)}methods"]
+    return "-".join(["network", *parts, *chosen, *rates, *ranks, *methods])
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="jointspar bench network", description=" ".join(__doc__.split()[:16]))
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default all)")
-    add("--rates", type=_rate, nargs="+", default=[10.0, 1.0, 0.3, 0.1], help="in Gbit/s, default 10 1 0.3 0.1")
-    add("--ranks", type=_ranks, nargs="+", default=[2, 4], metavar="N", help="one a host, default 2 4")
+    add("--rates", type=_rate, nargs="+", default=RATES, help="in Gbit/s, default 10 1 0.3 0.1")
+    add("--ranks", type=_ranks, nargs="+", default=RANKS, metavar="N", help="one a host, default 2 4")
     add(
         "--launchers", nargs="+", choices=launchers.NAMES, default=list(launchers.NAMES), metavar="L",
         help=f"of {', '.join(launchers.NAMES)} (default all); iterations and loss take the first MPI",
