@@ -26,6 +26,7 @@ from step.methods import METHODS
 from step.models import CASES
 
 SCHEMA = "jointspar-bench-network/1"
+RATES, RANKS = [10.0, 1.0, 0.3, 0.1], [2, 4]
 PARTS = ("transfers", "iterations", "loss")
 COMPARED = (
     "ddp", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "stratified_0.75", "stratified_0.5", "stratified_0.25",
@@ -44,14 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jointspar bench network: {'skipped: ' if options.quick else ''}{reason}", file=sys.stderr)
         return 0 if options.quick else 2
     found, left_out = launchers.find(options.launchers, INTERFACE)
-    if not found:
+    if all(launcher.name == "gloo" for launcher in found):  # `step.worker` makes its gloo group beside MPI
+        left_out |= {part: "needs an MPI" for part in options.parts if part != "transfers"}
+        options.parts = [part for part in options.parts if part == "transfers"]
+    if not found or not options.parts:
         print(f"jointspar bench network: {'; '.join(left_out.values())}", file=sys.stderr)
         return 2
+    found.sort(key=lambda launcher: launcher.name == "gloo")  # an MPI first
     record = new_record("network", sys.argv[1:] if arguments is None else arguments, options, left_out, schema=SCHEMA)
     cells: list[Cell] = []
     try:
-        with tqdm(total=_num_jobs(options, found), unit="job", disable=None) as progress:
-            for cell in _cells(options, found, progress):
+        with (
+            standing(max(options.ranks), options.rates[0]) as hosts,
+            tqdm(total=_num_jobs(options, found), unit="job", disable=None) as progress,
+        ):
+            for cell in _cells(hosts, options, found, progress):
                 progress.write(_table(cell))
                 cells.append(cell)
                 path = save(record, cells, options.out, _name(options))  # each time: what there is, is kept
@@ -65,20 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _cells(options: argparse.Namespace, found: Sequence[Launcher], progress: tqdm) -> Iterator[Cell]:
-    with standing(max(options.ranks), options.rates[0]) as hosts:
-        for rate in options.rates:
-            hosts.set_rate(rate)
-            for num_ranks in options.ranks:
-                progress.set_description(f"{num_ranks} ranks at {rate:g} Gbit/s")
-                if "transfers" in options.parts:
-                    yield from _transfers(hosts, found, num_ranks, options, progress)
-                if "iterations" in options.parts:
-                    settings = options.model, options.methods, options.rounds, options.iterations
-                    yield training.time_methods(hosts, found[0], num_ranks, *settings)
-                    progress.update()
-        if "loss" in options.parts:
-            yield from _time_to_loss(hosts, found[0], options, progress)
+def _cells(hosts: Hosts, options: argparse.Namespace, found: Sequence[Launcher], progress: tqdm) -> Iterator[Cell]:
+    for rate in options.rates:
+        hosts.set_rate(rate)
+        for num_ranks in options.ranks:
+            progress.set_description(f"{num_ranks} ranks at {rate:g} Gbit/s")
+            if "transfers" in options.parts:
+                yield from _transfers(hosts, found, num_ranks, options, progress)
+            if "iterations" in options.parts:
+                settings = options.model, options.methods, options.rounds, options.iterations
+                yield training.time_methods(hosts, found[0], num_ranks, *settings)
+                progress.update()
+    if "loss" in options.parts:
+        yield from _time_to_loss(hosts, found[0], options, progress)
 
 
 def _transfers(
@@ -136,19 +143,22 @@ def _name(options: argparse.Namespace) -> str:
     if options.quick:
         return "network-quick"
     parts = [] if options.parts == list(PARTS) else options.parts
-    found = [] if options.launchers == list(launchers.NAMES) else options.launchers
-    return "-".join(["network", *parts, *found, *(f"{n}r" for n in options.ranks if options.ranks != [2, 4])])
+    chosen = [] if options.launchers == list(launchers.NAMES) else options.launchers
+    rates = [] if options.rates == RATES else [f"{rate:g}gbits" for rate in options.rates]
+    ranks = [] if options.ranks == RANKS else [f"{number}r" for number in options.ranks]
+    methods = [] if options.methods == list(COMPARED) else [f"{len(options.methods)}methods"]
+    return "-".join(["network", *parts, *chosen, *rates, *ranks, *methods])
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="jointspar bench network", description=" ".join(__doc__.split()[:16]))
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default all)")
-    add("--rates", type=_rate, nargs="+", default=[10.0, 1.0, 0.3, 0.1], help="in Gbit/s, default 10 1 0.3 0.1")
-    add("--ranks", type=_ranks, nargs="+", default=[2, 4], metavar="N", help="one a host, default 2 4")
+    add("--rates", type=_rate, nargs="+", default=RATES, help="in Gbit/s, default 10 1 0.3 0.1")
+    add("--ranks", type=_ranks, nargs="+", default=RANKS, metavar="N", help="one a host, default 2 4")
     add(
         "--launchers", nargs="+", choices=launchers.NAMES, default=list(launchers.NAMES), metavar="L",
-        help=f"of {', '.join(launchers.NAMES)} (default all); iterations and loss take the first",
+        help=f"of {', '.join(launchers.NAMES)} (default all); iterations and loss take the first MPI",
     )  # fmt: skip
     add("--rounds", type=_positive, default=5, help="samples of each exchange and method (default 5)")
     add("--megabytes", type=float, nargs="+", default=[4.0, 16.0], metavar="MB", help="of dense buffers, default 4 16")

@@ -330,9 +330,9 @@ class JointSparLARS(_JointSparOptimizer):
         wire_dtype: dtype of the exchanged buffer; default float32 (float64 when a parameter is float64).
         exchange: "allreduce" (the transport library's), "ring" (own, any dtype), "two_shot" (own, any dtype, sends only
             what ranks computed), or "auto": for each step the one that promises the least time, by a measurement at
-            construction (well under a second). With three ranks or more the three round differently, so name one where
-            separate runs must give the same bits; a resumed run keeps the measurement of its state. Or an exchange of
-            your own: see `jointspar.step.exchange.CustomExchange`.
+            construction (under a second, some more on a slow link). With three ranks or more the three round
+            differently, so name one where separate runs must give the same bits; a resumed run keeps the measurement
+            of its state. Or an exchange of your own: see `jointspar.step.exchange.CustomExchange`.
         check_every: after so many steps the ranks compare digests of their weights, layer by layer, so that a bit that
             flipped on one rank is a DesyncError; 0 for never. It reads every weight once, one to two milliseconds a MB.
 

@@ -65,18 +65,24 @@ def start_standing() -> tuple[subprocess.Popen, str]:
 
 
 def sleepers(name: str) -> list[str]:
-    """Processes in the hosts' namespaces."""
+    """What runs `sleep` in the hosts' namespaces."""
     return [
         process
         for host in (0, 1)
         for process in subprocess.run(
             ["ip", "netns", "pids", f"{name}{host}"], capture_output=True, text=True, check=False
         ).stdout.split()
+        if is_sleeping(process)
     ]
 
 
-def is_running(process: str) -> bool:
-    return Path(f"/proc/{process}").exists()
+def is_sleeping(process: str) -> bool:
+    """Whether it runs `sleep`, and is not only waiting to be reaped."""
+    try:
+        name, _, state = Path(f"/proc/{process}/stat").read_text().partition(" (")[2].partition(") ")
+    except OSError:
+        return False
+    return name == "sleep" and state[0] != "Z"
 
 
 @pytest.mark.usefixtures("stands")
@@ -101,12 +107,12 @@ def test_hosts_reach_each_other_and_are_gone_after_success_and_after_an_error() 
 def test_a_signal_takes_hosts_and_their_jobs_down(number: int, code: int) -> None:
     process, name = start_standing()
     running = sleepers(name)
-    assert len(running) >= 2
+    assert len(running) == 2
     process.send_signal(number)
     process.wait(timeout=20)
     assert process.returncode in (code, -number)
     assert namespaces(name) == []
-    assert not any(is_running(sleeper) for sleeper in running)
+    assert not any(is_sleeping(sleeper) for sleeper in running)
 
 
 @pytest.mark.usefixtures("stands")

@@ -17,7 +17,7 @@ from jointspar.step.exchange.interface import Exchange, Slices
 _SMALLEST_BYTES = 16 * 1024
 _GROWTH = 16  # from one buffer to the next
 _LARGEST_BYTES = 32 * 1024 * 1024  # beyond the caches
-_SECONDS = 0.3  # that one buffer may take: no further round after that, and no larger buffer than promises it
+_SECONDS = 1.0  # that one buffer may take: no further round, and no larger buffer, that promises to pass it
 _SHORT_TRIAL = 1000  # elements
 _LARGEST_TRIAL_BYTES = 4 * 1024 * 1024
 _ADDING_RANKS = 32
@@ -59,8 +59,8 @@ def measure(
     """Time each candidate on buffers of growing length; the same costs on all ranks. Collective.
 
     num_bytes: of the largest buffer to come, the same on all ranks. device: where buffers are, default the CPU. From
-    16 KiB the buffer grows to that, or 32 MiB, or on a slow link to less: no step up that does not promise to stay
-    within 0.3 s.
+    16 KiB the buffer grows to that, or 32 MiB, or on a slow link to what promises one round within a second: links let
+    some hundred KiB pass at once after a pause, so a large buffer tells more about them than a further round.
     """
     longest = max(1, min(num_bytes, _LARGEST_BYTES) // dtype.itemsize)
     length = min(longest, _SMALLEST_BYTES // dtype.itemsize)
@@ -70,7 +70,7 @@ def measure(
 
     lengths, times = [length], [best_times(length)]
     while True:
-        affordable = int(length * _SECONDS / (_ROUNDS * times[-1].sum()))
+        affordable = int(length * _SECONDS / times[-1].sum())
         longer = min(longest, _GROWTH * length, affordable)
         if longer < 2 * length:
             break
@@ -108,7 +108,7 @@ def adds_up(exchange: Exchange, transport: Transport, dtype: torch.dtype, num_by
 def _best_times(candidates: Mapping[str, Exchange], transport: Transport, buffer: torch.Tensor) -> np.ndarray:
     """Seconds of the slowest rank in the best round, float64 [num_candidates], never 0."""
     best, taken = np.full(len(candidates), math.inf), 0.0
-    for _ in range(_ROUNDS):
+    for turn in range(1, _ROUNDS + 1):
         nanoseconds = np.empty(len(candidates), dtype=np.int64)
         for number, exchange in enumerate(candidates.values()):
             transport.start_headers(np.zeros(1, dtype=np.int64), what="measuring exchanges").wait()  # start together
@@ -120,6 +120,6 @@ def _best_times(candidates: Mapping[str, Exchange], transport: Transport, buffer
         slowest = rows.max(axis=0) / 1e9
         best = np.minimum(best, slowest)
         taken += slowest.sum()
-        if taken > _SECONDS:
+        if taken * (turn + 1) / turn > _SECONDS:
             break
     return best
