@@ -4,8 +4,8 @@ VENV   ?= .venv
 DEMO_OUT ?= runs/demo
 CPP_BUILD := build/cpp-tests
 MPICH_VENV ?= .venv-mpich
-# 2: two at a time, while jobs of several ranks run one after another; such workers ignore SIGINT, which some tests send.
-PYTEST_WORKERS ?= 0
+# Tests run two at a time, while jobs of several ranks run one after another; 0: all in one process, as a debugger wants.
+PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 SANITIZE_BUILD := build/sanitize
 SANITIZED := ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1

@@ -280,6 +280,7 @@ def test_collectives_that_do_not_belong_together_are_an_error():
         run_simulated(2, use)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_all_ranks():
     def use(transport):
         for step in range(100):

@@ -87,6 +87,7 @@ def test_the_first_to_be_told_may_still_free_another_one():
     run([first, second])
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_wait_leaves_the_turn_with_the_others():
     seen = []
 
