@@ -83,7 +83,7 @@ test-cpp: $(VENV)/.stamp-project
 
 test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== Python tests"
-	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # MPICH lives in an environment of its own, which sees the packages of the first one behind its own.
 $(MPICH_VENV)/.stamp: $(VENV)/.stamp-project

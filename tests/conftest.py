@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -24,12 +27,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jointspar")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Jobs of several ranks run one after another, whatever the number of pytest's workers."""
-    for item in items:
-        if item.get_closest_marker("mpi"):
-            item.add_marker(pytest.mark.xdist_group("jobs"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that start jobs of several ranks all go to one worker, since such a job fills the machine."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class JobsTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "jobs" if _starts_jobs(config.rootpath / nodeid.partition("::")[0]) else nodeid
+
+    return JobsTogether(config, log)
+
+
+@functools.cache
+def _starts_jobs(path: Path) -> bool:
+    return "pytest.mark.mpi" in path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

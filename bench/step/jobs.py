@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointspar.training.doctor import find_launcher
+from jointspar.training.launch import find_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 # Open MPI refuses root, and more ranks than cores, unless told otherwise; and it ties a rank to one core, where gloo's

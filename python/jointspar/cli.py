@@ -1,4 +1,4 @@
-"""The command line: jointspar train | data | doctor | bench."""
+"""The command line: jointspar train | reproduce | data | doctor | bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank
 
 EXIT_USAGE = 2  # and missing or damaged data
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_STOPPED = 128 + signal.SIGTERM  # as a shell reports a process that SIGTERM ended
 _DATA_DIR_HELP = "folder of the data files (default $JOINTSPAR_DATA/<dataset>)"
 _SPEAKER_GRACE_SECONDS = 1.0
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"jointspar {options.command}: unknown argument {rest[0]!r}; see --help")
         if options.command == "train":
             return _train(options)
+        if options.command == "reproduce":
+            return _reproduce(options)
         if options.command == "data":
             return _check_data(options)
         return _doctor()
@@ -73,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jointspar", description="Training with fewer computed and communicated layers per step.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,data,doctor,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,reproduce,data,doctor,bench}")
     train = commands.add_parser(
         "train",
         help="train a model, alone or under mpirun or torchrun",
@@ -83,6 +86,9 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_train_flags(train)
+    _add_reproduce_flags(
+        commands.add_parser("reproduce", help="run a list of experiments, and write tables, figures and a report")
+    )
     data = commands.add_parser("data", help="look after the data files")
     actions = data.add_subparsers(dest="action", required=True, metavar="{check}")
     _add_check_flags(actions.add_parser("check", help="say whether a folder holds a dataset, complete and sound"))
@@ -103,6 +109,24 @@ def _add_check_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode every picture of ImageNet, not one per class folder or shard (other data are read whole anyway)",
     )
+
+
+def _add_reproduce_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run every run of a list that is not complete in --out; write results.json, figures/ and report.html there. "
+        "What was interrupted goes on from its last checkpoint."
+    )
+    parser.add_argument(
+        "--list", required=True, metavar="L", help="quick (minutes), reduced (hours), paper (a cluster), or a TOML file"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs and results; made if needed")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these experiments of the list")
+    parser.add_argument(
+        "--launcher", metavar="CMD", help='starts ranks, such as "mpirun --hostfile hosts" (default the mpirun found)'
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the command of each run, and run nothing")
+    what.add_argument("--report", action="store_true", help="write the results of what is complete, and run nothing")
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +192,9 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--bandit-lr", type=float, metavar="LR", help="step size of --distribution bandit (default 0.05)"
     )
+    sampling.add_argument(
+        "--shift", action="store_true", help="with --distribution bandit: the paper's losses, shifted to be positive"
+    )
     sampling.add_argument("--p-min", type=float, metavar="P", help="smallest probability of a layer")
     sampling.add_argument(
         "--inactive", metavar="I", help="what happens to layers that nobody computed: skip (default), decay"
@@ -176,6 +203,9 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         "--lag", type=int, metavar="L", help="0 (default); 1 draws from the probabilities of the step before"
     )
     sampling.add_argument("--grouping", metavar="G", help="what a layer is: module (default), tensor")
+    sampling.add_argument(
+        "--dense-epochs", type=float, metavar="E", help="so many first epochs compute every layer (default 0)"
+    )
     wire = parser.add_argument_group("exchange")
     wire.add_argument(
         "--wire-dtype",
@@ -237,6 +267,26 @@ def _train(options: argparse.Namespace) -> int:
     except SetupError as error:
         return _refuse(f"jointspar train: {_with_flag_names(str(error))}", is_speaker=error.is_speaker)
     return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    _require_packages("reproduce", "matplotlib", "safetensors", "tqdm", "jinja2")
+    from jointspar.training.reproduce import ListError, RunError, reproduce
+
+    try:
+        return reproduce(
+            options.list,
+            options.out,
+            only=options.only,
+            launcher=options.launcher,
+            is_rehearsal=options.dry_run,
+            is_report_only=options.report,
+        )
+    except (ListError, RunError) as error:
+        raise UsageError(f"jointspar reproduce: {error}") from error
+    except KeyboardInterrupt:
+        print("jointspar reproduce: interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _require_packages(command: str, *names: str) -> None:

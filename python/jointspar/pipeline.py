@@ -21,7 +21,7 @@ from jointspar.step.exchange import Chooser, CustomExchange, Slices
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
 from jointspar.step.probabilities import LayerDistribution
-from jointspar.step.sampling import Sampling, draw_layers
+from jointspar.step.sampling import Sampling, draw_layers, probabilities_to_draw
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_packed, slice_norms
 from jointspar.telemetry import Stats
 
@@ -203,7 +203,7 @@ class Pipeline:
         if (eligible != self.distribution.eligible).any():
             self.distribution.set_eligible(eligible)
         with self.stats.phase("sample"):
-            self.drawn = self.distribution.probabilities.copy()
+            self.drawn = probabilities_to_draw(self.distribution.probabilities, self.sampling, self.step_count)
             self.active = draw_layers(
                 self.drawn, self.sampling, step=self.step_count, rank=self.comm.rank, world_size=self.comm.world_size
             )

@@ -36,6 +36,7 @@ def rows_of(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in cell["variants"]}
 
 
+@pytest.mark.mpi
 def test_quick_run_times_every_method_and_writes_its_results(tmp_path: Path) -> None:
     find_launcher("mpirun")  # skips, or fails under `make test`, where there is no MPI
     command = [sys.executable, "-m", "jointspar", "bench", "step", "--quick", "--out", str(tmp_path)]

@@ -12,7 +12,7 @@ import pytest
 import jobs
 from jointspar import cli
 from jointspar.training.config import TrainConfig, flag
-from jointspar.training.doctor import find_launcher
+from jointspar.training.launch import find_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {

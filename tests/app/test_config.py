@@ -21,7 +21,8 @@ from jointspar.training.config import (
 OUT = Path("unused")
 SAMPLES = {
     "budget": 0.5, "strategy": "shared", "draw": "bernoulli", "distribution": "uniform", "bandit_lr": 0.1,
-    "p_min": 0.1, "lag": 1, "grouping": "tensor", "inactive": "decay",
+    "p_min": 0.1, "lag": 1, "grouping": "tensor", "inactive": "decay", "shift": True,
+    "dense_epochs": 1.0,
 }  # fmt: skip
 
 

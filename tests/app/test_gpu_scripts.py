@@ -1,11 +1,13 @@
-"""`make test-gpu` and its build step where something is missing: a message, and exit code 2."""
+"""`make test-gpu`: what it runs, in which order and with which outcome; where something is missing, a message."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -58,3 +60,75 @@ def test_without_a_cuda_compiler_the_build_says_what_to_do(monkeypatch: pytest.M
 def test_a_step_that_fails_is_named_with_its_exit_code() -> None:
     with pytest.raises(in_place.CannotRun, match="building failed with exit code 3"):
         in_place.run("building", sys.executable, "-c", "raise SystemExit(3)")
+
+
+# Stands for pytest: says what it was given, and ends as the environment wants it to.
+FAKE_PYTEST = """
+import os, sys, time
+tool = os.environ.get("TOOL", "tests")
+print(tool, os.environ["JOINTSPAR_REQUIRE_CUDA"], os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "cached"),
+      *sys.argv[1:], flush=True)
+time.sleep(60 if tool == os.environ.get("HANGS") else 0)
+sys.exit(int(os.environ.get(f"CODE_{tool}", 0)))
+"""
+FAKE_SANITIZER = """#!/bin/sh
+TOOL=$2; export TOOL
+shift 4
+exec "$@"
+"""
+
+
+@pytest.fixture
+def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tests/cuda/run.py where all is there: the build, the tests and the sanitizer are stand-ins."""
+    spec = importlib.util.spec_from_file_location("rehearsed_run", ROOT / "tests/cuda/run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "fake_pytest.py").write_text(FAKE_PYTEST)
+    (tmp_path / "compute-sanitizer").write_text(FAKE_SANITIZER)
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(module, "PYTEST", (sys.executable, str(tmp_path / "fake_pytest.py")))
+    monkeypatch.setattr(module.in_place, "prepare", lambda packages, wheels, architectures: None)
+    return module
+
+
+def run_it(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    code: int = module.main()
+    return code
+
+
+def test_tests_and_then_every_tool_are_run(
+    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_it(rehearsed, monkeypatch, "--pytest-args", "-x -k lars") == 0
+    printed = capfd.readouterr().out.splitlines()
+    assert [line for line in printed if not line.startswith("==")][:5] == [
+        "tests 1 cached -m cuda tests/cuda -x -k lars",
+        *(f"{tool} 1 1 tests/cuda/test_sanitized.py" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
+    ]
+    assert [line.split()[:2] for line in printed[-5:]] == [
+        [name, "passed"] for name in ("tests", "memcheck", "racecheck", "initcheck", "synccheck")
+    ]
+
+
+def test_what_failed_is_told_and_the_rest_is_run(
+    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CODE_tests", "1")
+    monkeypatch.setenv("CODE_racecheck", "86")
+    assert run_it(rehearsed, monkeypatch, "--tools", "memcheck", "racecheck") == 1
+    summary = capfd.readouterr().out.splitlines()[-3:]
+    assert [line.split("(")[0].split(maxsplit=1)[1].strip() for line in summary] == [
+        "failed with exit code 1", "passed", "found errors",
+    ]  # fmt: skip
+
+
+def test_a_tool_that_does_not_end_is_cut_off(
+    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HANGS", "synccheck")
+    assert run_it(rehearsed, monkeypatch, "--tools", "synccheck", "--minutes", "0.05") == 1
+    assert "synccheck  cut off: its time was up" in capfd.readouterr().out

@@ -154,6 +154,19 @@ def test_the_paper_s_literal_choices_train():
     assert torch.isfinite(weights(model)).all()
 
 
+@pytest.mark.parametrize("strategy", ["independent", "stratified", "shared"])
+def test_dense_steps_are_those_of_the_dense_optimizer_and_teach_all_norms(strategy):
+    models, optimizers = [], []
+    for sampling in (js.Sampling(budget=1.0), js.Sampling(budget=0.5, strategy=strategy, dense_steps=3)):
+        models.append(make_model())
+        optimizers.append(js.JointSparLARS(models[-1].named_parameters(), lr=0.05, sampling=sampling))
+        train(models[-1], optimizers[-1], 3)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert optimizers[1].active.sum() == 2
+    assert abs(optimizers[1].probabilities.sum().item() - 2.0) < 1e-9
+    assert (optimizers[1].state_dict()["jointspar"]["distribution"]["norm_count"] == 3).all()
+
+
 def test_only_active_layers_get_gradients_and_updates():
     model = make_model()
     optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=2))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jointspar.step.sampling import Sampling, draw_layers
+from jointspar.step.sampling import Sampling, draw_layers, probabilities_to_draw
 
 
 def test_a_fraction_and_a_count_are_told_apart():
@@ -45,6 +45,9 @@ def test_paper_is_the_paper_s_literal_reading():
         (dict(bandit_lr=-1.0), "bandit_lr"),
         (dict(bandit_lr=float("inf")), "bandit_lr"),
         (dict(lag=2), "lag"),
+        (dict(dense_steps=-1), "dense_steps"),
+        (dict(dense_steps=1.5), "dense_steps"),
+        (dict(dense_steps=True), "dense_steps"),
         (dict(distribution="uniform", p_min=0.1), "p_min"),
         (dict(distribution="norm", shift=True), "shift"),
         (dict(seed=-1), "seed"),
@@ -74,3 +77,10 @@ def test_layers_of_probability_zero_are_never_drawn():
     for step in range(200):
         active = draw_layers(probabilities, Sampling(), step=step, rank=0, world_size=1)
         assert not active[[0, 2]].any() and active[1] and active[3:].sum() == 1
+
+
+def test_the_first_steps_are_dense_where_that_is_wanted():
+    probabilities = np.array([0.25, 0.0, 0.75])
+    sampling = Sampling(budget=0.5, dense_steps=2)
+    assert probabilities_to_draw(probabilities, sampling, 1).tolist() == [1.0, 0.0, 1.0]
+    assert probabilities_to_draw(probabilities, sampling, 2).tolist() == [0.25, 0.0, 0.75]

@@ -27,10 +27,12 @@ class Sampling:
         shift: the paper's literal non-negative loss in Algorithm 1.
         lag: 1 learns from each step one step later, so that nothing waits for norms that a device still computes; a
             skipped step is then counted one step later too.
+        dense_steps: so many first steps compute every layer, and the distribution learns from the norms of all.
         seed: key of the random numbers; the same on all ranks.
         grouping: "module" or "tensor", see `group_layers`.
 
-    Source: Liu & Mozafari 2022, Algorithms 1 and 2. Extensions: "stratified", "shared", "systematic", "norm", lag.
+    Source: Liu & Mozafari 2022, Algorithms 1 and 2. Extensions: "stratified", "shared", "systematic", "norm", lag,
+    dense_steps.
     """
 
     budget: float = 0.5
@@ -41,6 +43,7 @@ class Sampling:
     bandit_lr: float = 0.05
     shift: bool = False
     lag: int = 0
+    dense_steps: int = 0
     seed: int = 0
     grouping: str = "module"
 
@@ -63,6 +66,8 @@ class Sampling:
             raise TypeError(f"shift: expected True or False, got {self.shift!r}")
         if isinstance(self.lag, bool) or self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag} is not 0 or 1")
+        if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int) or self.dense_steps < 0:
+            raise ValueError(f"dense_steps: {self.dense_steps!r} is not a number of steps")
         idle = [name for name, acts in self._acting().items() if not acts]
         if idle:
             raise ValueError(f"{idle[0]}: does not act with distribution={self.distribution!r}; leave it out")
@@ -101,6 +106,11 @@ class Sampling:
         if self.p_min > share * (1.0 + 1e-9) and not num_frozen:
             raise ValueError(f"p_min: {self.p_min} is more than the budget's share of {share:.4g} a layer")
         return expected, min(self.p_min, share)
+
+
+def probabilities_to_draw(probabilities: np.ndarray, sampling: Sampling, step: int) -> np.ndarray:
+    """What the layers of a step are drawn from, float64 [num_layers]: while `dense_steps` last, ones."""
+    return np.sign(probabilities) if step < sampling.dense_steps else probabilities.copy()
 
 
 def draw_layers(probabilities: np.ndarray, sampling: Sampling, *, step: int, rank: int, world_size: int) -> np.ndarray:

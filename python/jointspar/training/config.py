@@ -52,8 +52,8 @@ REFERENCE_BATCH = 256  # samples of a step that --base-lr is for
 DEFAULT_TRUST_COEFFICIENT = 0.02  # of the LARS methods
 
 # Fields that act only where layers are left out, and become js.Sampling's or the optimizer's arguments of that name.
-SAMPLING_FIELDS = ("budget", "strategy", "draw", "distribution", "bandit_lr", "p_min", "lag", "grouping")
-SPARSE_FIELDS = (*SAMPLING_FIELDS, "inactive")
+SAMPLING_FIELDS = ("budget", "strategy", "draw", "distribution", "bandit_lr", "shift", "p_min", "lag", "grouping")
+SPARSE_FIELDS = (*SAMPLING_FIELDS, "dense_epochs", "inactive")
 # Fields that act with some compressors only.
 COMPRESSION_FIELDS = {
     "compression_ratio": ("randomk", "topk"),
@@ -93,9 +93,11 @@ class TrainConfig:
     draw: str | None = None
     distribution: str | None = None
     bandit_lr: float | None = None
+    shift: bool | None = None
     p_min: float | None = None
     lag: int | None = None
     grouping: str | None = None
+    dense_epochs: float | None = None
     inactive: str | None = None
     wire_dtype: str | None = None
     exchange: str | None = None
@@ -148,7 +150,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{flag(name)} must be positive and finite, got {value}")
-        for name in ("weight_decay", "warmup_epochs", "seed"):
+        for name in ("weight_decay", "warmup_epochs", "dense_epochs", "seed"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{flag(name)} must be at least 0 and finite, got {value}")
@@ -207,8 +209,9 @@ class TrainConfig:
             raise ValueError(
                 f"--trust-coefficient does not act with --method {self.method}: leave it out, or use a LARS method"
             )
-        if self.bandit_lr is not None and self.distribution != "bandit":
-            raise ValueError("--bandit-lr acts only with --distribution bandit: add that, or leave it out")
+        for name in ("bandit_lr", "shift"):
+            if getattr(self, name) is not None and self.distribution != "bandit":
+                raise ValueError(f"{flag(name)} acts only with --distribution bandit: add that, or leave it out")
         if self.lr is not None and self.base_lr is not None:
             raise ValueError(
                 "--lr and --base-lr exclude each other: --lr is the rate itself, --base-lr is per 256 samples"

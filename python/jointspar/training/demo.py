@@ -7,26 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointspar.training.doctor import find_launcher
+from jointspar.training.launch import find_launcher, job_environment, train_command
 from jointspar.training.plots import plot_comparison
 from jointspar.training.records import METRICS_FILE, SUMMARY_FILE, read_metrics, remove_run
 
 _RANKS = 2
 _COMMON = ("--dataset", "digits", "--model", "lenet5", "--epochs", "20", "--batch-size", "64", "--seed", "0")
 _RUNS = {"lars": ("--method", "lars"), "jointspar-lars": ("--method", "jointspar-lars", "--budget", "0.5")}
-# Open MPI refuses root, and more ranks than cores, unless told otherwise; MPICH knows none of these variables.
-_ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
 _COLUMNS = ("run", "test accuracy", "train loss", "seconds", "MB sent per rank", "active layers")
 
 
@@ -56,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(launcher: str, folder: Path, flags: Sequence[str]) -> int:
     remove_run(folder)
-    command = [launcher, "-n", str(_RANKS), sys.executable, "-m", "jointspar", "train", *_COMMON, *flags]
+    command = [launcher, "-n", str(_RANKS), *train_command(), *_COMMON, *flags]
     print(f"$ mpirun {' '.join(command[1:3])} python {' '.join(command[4:])} --out {folder}", flush=True)
-    return subprocess.run([*command, "--out", str(folder)], env=os.environ | _ENVIRONMENT, check=False).returncode
+    return subprocess.run([*command, "--out", str(folder)], env=job_environment(), check=False).returncode
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:

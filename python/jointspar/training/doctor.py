@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from jointspar import __version__, backends
 from jointspar.comm import cuda_mpi
 from jointspar.training.config import DATASETS, local_ranks, threads_per_rank, usable_cores
 from jointspar.training.data.datasets import DatasetError, load_dataset
+from jointspar.training.launch import find_launcher
 
 _CHILD_SECONDS = 60
 _LAUNCHER_VARIABLE = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|HYDRA_|HYDI_|MPI_LOCAL)")
@@ -189,12 +189,6 @@ def _launcher_finding(library: str) -> Finding:
         )
         return Finding("bad", "launcher", f"{launcher}: {first}", advice)
     return Finding("ok", "launcher", f"{launcher}: {first}")
-
-
-def find_launcher() -> str | None:
-    """The mpirun beside this Python, as the wheels install it, else the first on PATH."""
-    beside = Path(sys.executable).parent / "mpirun"
-    return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
 def _check_datasets() -> Iterator[Finding]:

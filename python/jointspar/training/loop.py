@@ -98,7 +98,7 @@ class Run:
         self.config, self.comm, self.dataset, self.batches = config, comm, dataset, batches
         its = dataset.properties
         self.model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
-        self.optimizer = make_optimizer(config, self.model, comm)
+        self.optimizer = make_optimizer(config, self.model, comm, steps_per_epoch=len(batches))
         self.scheduler = js.schedule.linear_scaling_warmup(
             self.optimizer,
             base_lr=config.scaled_base_lr(comm.world_size),

@@ -17,7 +17,7 @@ from jointspar.training.records import Summary, readable_bytes
 
 _INK, _FAINT = "#1f3a5f", "#b8c6d9"
 _COLOURS = ("#1f3a5f", "#d1603d", "#3c8d5a", "#8a5a9e")
-_PHASE_ORDER = ("data", "forward", "backward", "plan", "pack", "go", "exchange", "measure", "update",
+PHASE_ORDER = ("data", "forward", "backward", "plan", "pack", "go", "exchange", "measure", "update",
                 "probabilities", "sample")  # fmt: skip
 
 Record = Mapping[str, Any]
@@ -30,7 +30,7 @@ def plot_run(path: Path, records: Sequence[Record], layer_names: Sequence[str], 
     """
     steps = _of_kind(records, "step")
     epochs = _of_kind(records, "epoch", "stop")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 8.2), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.15))
@@ -46,26 +46,24 @@ def plot_run(path: Path, records: Sequence[Record], layer_names: Sequence[str], 
 def plot_comparison(path: Path, runs: Mapping[str, Sequence[Record]], title: str) -> None:
     """Draw loss and accuracy of several runs over epochs, and accuracy over bytes sent. Overwrites `path` (PNG)."""
     epochs = {label: _of_kind(records, "epoch", "stop") for label, records in runs.items()}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         loss, accuracy, traffic = figure.subplots(1, 3)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         for colour, (label, lines) in zip(_COLOURS, epochs.items(), strict=False):
-            loss.plot(
-                _column(lines, "epoch"), _column(lines, "train_loss"), color=colour, label=label, **_markers(lines)
-            )
-            sent_mb = _column(lines, "bytes_sent") / 1e6
-            traffic.plot(sent_mb, 100 * _column(lines, "test_accuracy"), color=colour, **_markers(lines))
+            loss.plot(column(lines, "epoch"), column(lines, "train_loss"), color=colour, label=label, **markers(lines))
+            sent_mb = column(lines, "bytes_sent") / 1e6
+            traffic.plot(sent_mb, 100 * column(lines, "test_accuracy"), color=colour, **markers(lines))
         loss.set(title="Training loss", ylim=(0, None))
-        _epochs_below(loss)
+        epochs_below(loss)
         _draw_accuracy(accuracy, epochs)
         traffic.set(title="Test accuracy against traffic", xlabel="MB sent by a rank", ylabel="%")
         loss.legend(frameon=False)
         figure.savefig(path, dpi=120)
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -90,27 +88,25 @@ def _title(summary: Summary) -> str:
 
 def _draw_loss(axes: Axes, steps: Sequence[Record], epochs: Sequence[Record]) -> None:
     if steps:
-        axes.plot(_column(steps, "epoch"), _column(steps, "train_loss"), color=_FAINT, lw=1, label="step")
-    axes.plot(
-        _column(epochs, "epoch"), _column(epochs, "train_loss"), color=_INK, label="epoch mean", **_markers(epochs)
-    )
+        axes.plot(column(steps, "epoch"), column(steps, "train_loss"), color=_FAINT, lw=1, label="step")
+    axes.plot(column(epochs, "epoch"), column(epochs, "train_loss"), color=_INK, label="epoch mean", **markers(epochs))
     axes.set(title="Training loss", ylim=(0, None))
-    _epochs_below(axes)
+    epochs_below(axes)
     axes.legend(frameon=False)
 
 
 def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
     for colour, (label, epochs) in zip(_COLOURS, runs.items(), strict=False):
-        percent = 100 * _column(epochs, "test_accuracy")
-        axes.plot(_column(epochs, "epoch"), percent, color=colour, label=label, **_markers(epochs))
+        percent = 100 * column(epochs, "test_accuracy")
+        axes.plot(column(epochs, "epoch"), percent, color=colour, label=label, **markers(epochs))
     axes.set(title="Test accuracy", ylabel="%")
-    _epochs_below(axes)
+    epochs_below(axes)
 
 
 def _draw_rate(axes: Axes, records: Sequence[Record]) -> None:
-    axes.plot(_column(records, "epoch"), _column(records, "lr"), color=_INK)
+    axes.plot(column(records, "epoch"), column(records, "lr"), color=_INK)
     axes.set(title="Learning rate", yscale="log")
-    _epochs_below(axes)
+    epochs_below(axes)
 
 
 def _draw_phases(axes: Axes, epochs: Sequence[Record]) -> None:
@@ -119,7 +115,7 @@ def _draw_phases(axes: Axes, epochs: Sequence[Record]) -> None:
     for record in epochs:
         for name, ms in record["phase_ms"].items():
             totals[name] = totals.get(name, 0.0) + ms / len(epochs)
-    names = sorted(totals, key=lambda name: _PHASE_ORDER.index(name) if name in _PHASE_ORDER else len(_PHASE_ORDER))
+    names = sorted(totals, key=lambda name: PHASE_ORDER.index(name) if name in PHASE_ORDER else len(PHASE_ORDER))
     bars = axes.barh(names, [totals[name] for name in names], color=_INK, height=0.65)
     axes.bar_label(bars, fmt="%.3g", padding=3)
     axes.invert_yaxis()
@@ -134,20 +130,20 @@ def _draw_probabilities(figure: Figure, axes: Axes, records: Sequence[Record], l
     axes.grid(visible=False)
     if not records:
         return
-    ends = _column(records, "epoch")
+    ends = column(records, "epoch")
     values = np.array([record["probabilities"] for record in records]).T
     keep = np.diff(ends, prepend=0.0) > 0  # an epoch's line repeats the step line of its last step
     edges = np.concatenate([[0.0], ends[keep]])
     rows = np.arange(len(layer_names) + 1)
     mesh = axes.pcolormesh(edges, rows, values[:, keep], vmin=0, vmax=1, cmap="viridis", rasterized=True)
-    _epochs_below(axes)
+    epochs_below(axes)
     every = max(1, len(layer_names) // 24)
     axes.set_yticks(rows[:-1:every] + 0.5, list(layer_names)[::every], fontsize=8)
     axes.invert_yaxis()
     figure.colorbar(mesh, ax=axes, pad=0.01)
 
 
-def _epochs_below(axes: Axes) -> None:
+def epochs_below(axes: Axes) -> None:
     """Call it after drawing: the right end is fixed by what is there."""
     axes.set(xlabel="epoch", xlim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -157,11 +153,11 @@ def _of_kind(records: Sequence[Record], *kinds: str) -> list[Record]:
     return [record for record in records if record["kind"] in kinds]
 
 
-def _column(records: Sequence[Record], name: str) -> np.ndarray:
+def column(records: Sequence[Record], name: str) -> np.ndarray:
     """float64; null (a loss that was not finite) becomes NaN, which is not drawn."""
     return np.array([np.nan if record[name] is None else record[name] for record in records], dtype=np.float64)
 
 
-def _markers(epochs: Sequence[Record]) -> dict[str, Any]:
+def markers(epochs: Sequence[Record]) -> dict[str, Any]:
     """Points are shown while there are few of them: a line through one point would be invisible."""
     return {"marker": "o", "markersize": 3.5} if len(epochs) <= 40 else {}

@@ -79,12 +79,15 @@ def prepare_folder(config: TrainConfig) -> None:
     (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it is the sign that a run is complete
 
 
-def make_optimizer(config: TrainConfig, model: torch.nn.Module, comm: Transport) -> js.JointSparLARS | js.JointSparSGD:
+def make_optimizer(
+    config: TrainConfig, model: torch.nn.Module, comm: Transport, steps_per_epoch: int
+) -> js.JointSparLARS | js.JointSparSGD:
     """The optimizer of config.method; all but JointSpar's are the same optimizers with every layer active."""
     method = METHODS[config.method]
     if method.is_sparse:
         given = {name: getattr(config, name) for name in SAMPLING_FIELDS if getattr(config, name) is not None}
-        sampling = js.Sampling(**given, seed=config.seed)
+        dense_steps = round((config.dense_epochs or 0) * steps_per_epoch)
+        sampling = js.Sampling(**given, dense_steps=dense_steps, seed=config.seed)
     else:
         sampling = js.Sampling(budget=1.0, strategy="shared", distribution="uniform", seed=config.seed)
     options: dict[str, Any] = {

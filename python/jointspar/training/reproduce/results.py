@@ -1,0 +1,183 @@
+"""What complete runs found: results.json, and the table over seeds that is drawn from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import jointspar
+from jointspar.training.config import usable_cores
+from jointspar.training.records import METRICS_FILE, SUMMARY_FILE, read_metrics, readable_bytes, write_atomically
+from jointspar.training.reproduce.experiments import Experiment, ExperimentList
+from jointspar.training.reproduce.runs import RUN_FILE, Run, runs_of
+
+SCHEMA = "jointspar-reproduce/1"
+RESULTS_FILE = "results.json"
+_OF_AN_EPOCH = ("epoch", "train_loss", "test_accuracy", "seconds", "bytes_sent", "active_fraction", "phase_ms")
+
+Result = dict[str, Any]  # of one label: its settings and, for each complete seed, summary and epochs
+
+
+def collect(chosen: ExperimentList, out: Path, command: str) -> dict[str, Any]:
+    """Everything that complete runs under `out` left; runs that are missing are counted."""
+    experiments = [_experiment(experiment, chosen, out) for experiment in chosen.experiments]
+    return {
+        "schema": SCHEMA,
+        "list": chosen.name,
+        "title": chosen.title,
+        "text": chosen.text,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "versions": {
+            "jointspar": jointspar.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "experiments": experiments,
+    }
+
+
+def save(results: Mapping[str, Any], out: Path) -> None:
+    write_atomically(out / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+
+
+def _experiment(experiment: Experiment, chosen: ExperimentList, out: Path) -> dict[str, Any]:
+    runs = [run for run in runs_of(chosen, out) if run.experiment is experiment]
+    by_label = {label: [run for run in runs if run.label == label and run.is_complete] for label in experiment.runs}
+    return {
+        "name": experiment.name,
+        "title": experiment.title,
+        "text": experiment.text,
+        "ranks": experiment.num_ranks,
+        "simulated": experiment.is_simulated,
+        "reference": experiment.reference,
+        "runs_missing": sum(not run.is_complete for run in runs),
+        "runs": [
+            {"label": label, "settings": experiment.runs[label], "seeds": [_seed(run) for run in complete]}
+            for label, complete in by_label.items()
+            if complete
+        ],
+    }
+
+
+def _seed(run: Run) -> dict[str, Any]:
+    records = read_metrics(run.folder / METRICS_FILE)
+    epochs = [record for record in records if record["kind"] in ("epoch", "stop")]
+    is_first = run.seed == run.experiment.seeds[0]
+    return {
+        "seed": run.seed,
+        "summary": json.loads((run.folder / SUMMARY_FILE).read_text(encoding="utf-8")),
+        "commits": json.loads((run.folder / RUN_FILE).read_text(encoding="utf-8"))["commits"],
+        "epochs": [{name: record[name] for name in _OF_AN_EPOCH} for record in epochs],
+        "probabilities": _probabilities(records) if is_first else None,
+    }
+
+
+def _probabilities(records: Sequence[Mapping[str, Any]], most: int = 120) -> dict[str, Any]:
+    """Of each layer over time, at most so many moments: {"epoch": [...], "values": [moment][layer]}."""
+    steps = [record for record in records if record["kind"] == "step"]
+    kept = steps[:: max(1, -(-len(steps) // most))]
+    return {
+        "epoch": [record["epoch"] for record in kept],
+        "values": [[round(p, 3) for p in record["probabilities"]] for record in kept],
+    }
+
+
+def _machine() -> dict[str, Any]:
+    """The processor and its cores; no names of hosts."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": models[0] if models else platform.machine(), "cores": usable_cores()}
+
+
+class Column(NamedTuple):
+    """A column of the table: what it is called, the number of one seed's summary, and how a number is written."""
+
+    title: str
+    value: Callable[[Mapping[str, Any]], float | None]
+    write: Callable[[float], str]
+
+
+COLUMNS = (
+    Column("test accuracy", lambda summary: 100 * summary["test_accuracy"], lambda value: f"{value:.2f} %"),
+    Column("train loss", lambda summary: summary["train_loss"], lambda value: f"{value:.4f}"),
+    Column(
+        "seconds", lambda summary: summary["seconds"], lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    ),
+    Column("sent per rank", lambda summary: summary["bytes_sent"], readable_bytes),
+    Column("layers computed", lambda summary: 100 * summary["active_fraction"], lambda value: f"{value:.0f} %"),
+)
+
+
+class Row(NamedTuple):
+    """A line of the table: mean and range over seeds of each column; points: accuracy minus the reference's."""
+
+    label: str
+    num_seeds: int
+    cells: tuple[str, ...]
+    points: float | None
+
+
+def table(experiment: Mapping[str, Any]) -> list[Row]:
+    """The lines of an experiment's table, in the order of its list; a simulated one's seconds are left out."""
+    accuracy = {run["label"]: float(np.mean(_values(run, COLUMNS[0]))) for run in experiment["runs"]}
+    base = accuracy.get(experiment["reference"])
+    rows = []
+    for run in experiment["runs"]:
+        label = run["label"]
+        points = None if base is None or label == experiment["reference"] else accuracy[label] - base
+        cells = tuple(_mean_and_range(_values(run, column), column.write) for column in columns(experiment))
+        rows.append(Row(label, len(run["seeds"]), cells, points))
+    return rows
+
+
+def columns(experiment: Mapping[str, Any]) -> tuple[Column, ...]:
+    """A simulated experiment has no time that means something, and one rank sends nothing."""
+    left_out = {"seconds"} if experiment["simulated"] else set()
+    if experiment["ranks"] == 1:
+        left_out.add("sent per rank")
+    return tuple(column for column in COLUMNS if column.title not in left_out)
+
+
+def table_text(experiment: Mapping[str, Any]) -> str:
+    """The table for a terminal."""
+    titles = (
+        "run",
+        "seeds",
+        *(column.title for column in columns(experiment)),
+        f"points from {experiment['reference']}",
+    )
+    lines = [titles]
+    for row in table(experiment):
+        lines.append((row.label, str(row.num_seeds), *row.cells, "" if row.points is None else f"{row.points:+.2f}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def _values(run: Mapping[str, Any], column: Column) -> list[float]:
+    found = [column.value(seed["summary"]) for seed in run["seeds"]]
+    return [float("nan") if value is None else value for value in found]  # null: a loss that was not finite
+
+
+def _mean_and_range(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """Such as "91.20 % (90.80 % to 91.50 %)"; one seed's value alone."""
+    num_lost = int(np.isnan(values).sum())
+    if num_lost:
+        return f"not finite in {num_lost} of {len(values)}"
+    mean = write(float(np.mean(values)))
+    return mean if len(values) == 1 else f"{mean} ({write(min(values))} to {write(max(values))})"
