@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,8 @@ print("epoch   1/2  loss\\nepoch   2/2  loss")
 def write_list(folder: Path, methods: str = "", settings: str = "epochs = 2", seeds: str = "[0, 1]") -> Path:
     path = folder / "small.toml"
     path.write_text(
-        f'title = "Small <list>"\n[[experiments]]\nname = "one"\nranks = 2\nseeds = {seeds}\nsettings = {{ {settings} }}\n'
+        f'title = "Small <list>"\n[[experiments]]\nname = "one"\nranks = 2\nseeds = {seeds}\n'
+        f"settings = {{ {settings} }}\n"
         '[experiments.runs]\n"dense" = { method = "lars" }\n"half" = { method = "jointspar-lars", budget = 0.5 }\n'
         + methods
     )
@@ -62,8 +62,7 @@ def fake_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, str(script)])
     monkeypatch.setattr(runs, "find_launcher", lambda: "env")
     real = runs.command
-    without_launcher: Callable[..., list[str]] = lambda run, launcher: real(run, launcher)[3:]  # not `env -n 2`
-    monkeypatch.setattr(runs, "command", without_launcher)
+    monkeypatch.setattr(runs, "command", lambda run, launcher: real(run, launcher)[3:])  # without `env -n 2`
     return tmp_path
 
 

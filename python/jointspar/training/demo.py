@@ -15,7 +15,7 @@ from typing import Any
 
 from jointspar.training.launch import find_launcher, job_environment, train_command
 from jointspar.training.plots import plot_comparison
-from jointspar.training.records import METRICS_FILE, SUMMARY_FILE, read_metrics, remove_run
+from jointspar.training.records import METRICS_FILE, SUMMARY_FILE, read_metrics, remove_run, text_table
 
 _RANKS = 2
 _COMMON = ("--dataset", "digits", "--model", "lenet5", "--epochs", "20", "--batch-size", "64", "--seed", "0")
@@ -66,8 +66,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"{summary['bytes_sent'] / 1e6:.2f}",
             f"{100 * summary['active_fraction']:.0f} %",
         ))  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return text_table(rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,13 @@ def readable_bytes(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count / 1e3:.3g} kB"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines of aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def epoch_line(record: dict[str, Any], num_epochs: int) -> str:

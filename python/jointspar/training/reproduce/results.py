@@ -15,7 +15,14 @@ import torch
 
 import jointspar
 from jointspar.training.config import usable_cores
-from jointspar.training.records import METRICS_FILE, SUMMARY_FILE, read_metrics, readable_bytes, write_atomically
+from jointspar.training.records import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    read_metrics,
+    readable_bytes,
+    text_table,
+    write_atomically,
+)
 from jointspar.training.reproduce.experiments import Experiment, ExperimentList
 from jointspar.training.reproduce.runs import RUN_FILE, Run, runs_of
 
@@ -160,13 +167,7 @@ def table_text(experiment: Mapping[str, Any]) -> str:
     lines = [titles]
     for row in table(experiment):
         lines.append((row.label, str(row.num_seeds), *row.cells, "" if row.points is None else f"{row.points:+.2f}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
+    return text_table(lines)
 
 
 def _values(run: Mapping[str, Any], column: Column) -> list[float]:
