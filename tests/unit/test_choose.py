@@ -128,13 +128,20 @@ def test_two_shot_is_judged_by_what_it_sends():
 
 
 def test_of_equal_promises_the_first_is_taken():
-    assert Costs((10,), {"allreduce": (1.0,), "ring": (1.0,)}).cheapest(everything(10), 4) == "allreduce"
+    assert Costs((40,), {"allreduce": (1.0,), "ring": (1.0,)}).cheapest(everything(10), 4) == "allreduce"
 
 
 def chooser(num_bytes, **seconds):
     made = Chooser("auto", Ranks(), torch.float32, is_partial=False)
     made.costs = Costs(num_bytes, seconds)
     return made
+
+
+def test_a_librarys_allreduce_beyond_what_was_measured_must_promise_a_tenth_less():
+    near = Costs((40,), {"allreduce": (1.00,), "ring": (1.05,)})
+    assert [near.cheapest(everything(length), 4) for length in (10, 11)] == ["allreduce", "ring"]
+    far = Costs((40,), {"allreduce": (1.00,), "ring": (1.15,)})
+    assert far.cheapest(everything(1000), 4) == "allreduce"
 
 
 def test_a_state_is_taken_over_where_it_applies():

@@ -21,6 +21,7 @@ _SECONDS = 1.0  # that one buffer may take: no further round, and no larger buff
 _SHORT_TRIAL = 1000  # elements
 _LARGEST_TRIAL_BYTES = 4 * 1024 * 1024
 _ADDING_RANKS = 32
+_BEYOND_MEASURED = 1.1  # longer buffers: an MPI may take another algorithm for them, the others go on as they do
 _ROUNDS = 3  # the best counts: anything else on the machine only makes an exchange slower
 
 
@@ -34,7 +35,10 @@ class Costs:
     def promise(self, name: str, num_bytes: float) -> float:
         """Seconds for so many bytes: linear between lengths, the first below it, in proportion above the last."""
         inside = float(np.interp(num_bytes, self.num_bytes, self.seconds[name]))
-        return inside * max(1.0, num_bytes / self.num_bytes[-1])
+        longest = self.num_bytes[-1]
+        if num_bytes <= longest:
+            return inside
+        return inside * num_bytes / longest * (_BEYOND_MEASURED if name == "allreduce" else 1.0)
 
     def cheapest(self, slices: Slices, itemsize: int) -> str:
         """The name that promises the least time for a buffer; of equal ones the first.
