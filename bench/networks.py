@@ -32,6 +32,7 @@ COMPARED = (
     "ddp", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "stratified_0.75", "stratified_0.5", "stratified_0.25",
     "stratified_0.5_bf16", "independent_0.5", "shared_0.5",
 )  # fmt: skip
+MODEL = "resnet18"
 LOSS_MODEL = "resnet20"  # that `step.worker` trains
 CHECKED = "stratified_0.5"  # trained in full on the slowest link
 RESULTS = Path(__file__).with_name("results")
@@ -146,8 +147,9 @@ def _name(options: argparse.Namespace) -> str:
     chosen = [] if options.launchers == list(launchers.NAMES) else options.launchers
     rates = [] if options.rates == RATES else [f"{rate:g}gbits" for rate in options.rates]
     ranks = [] if options.ranks == RANKS else [f"{number}r" for number in options.ranks]
+    model = [] if options.model == MODEL else [options.model]
     methods = [] if options.methods == list(COMPARED) else [f"{len(options.methods)}methods"]
-    return "-".join(["network", *parts, *chosen, *rates, *ranks, *methods])
+    return "-".join(["network", *parts, *chosen, *model, *rates, *ranks, *methods])
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -162,7 +164,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--rounds", type=_positive, default=5, help="samples of each exchange and method (default 5)")
     add("--megabytes", type=float, nargs="+", default=[4.0, 16.0], metavar="MB", help="of dense buffers, default 4 16")
-    add("--model", choices=CASES, default="resnet18", help="whose gradients and iterations (default resnet18)")
+    add("--model", choices=CASES, default=MODEL, help=f"whose gradients and iterations (default {MODEL})")
     add(
         "--methods",
         nargs="+",

@@ -27,6 +27,7 @@ class Case(NamedTuple):
 
 CASES = {
     "resnet18": Case("resnet18", 32, (3, 32, 32)),
+    "resnet18-8": Case("resnet18", 8, (3, 32, 32)),  # a small local batch: more of a step is exchange
     "resnet50": Case("resnet50", 8, (3, 64, 64)),
     "transformer": Case("transformer", 4, (128,)),
     "resnet20": Case("resnet20", 64, (1, 28, 28)),  # as its loss curve is recorded
