@@ -194,7 +194,7 @@ class DataParallel(Iteration):
     def __init__(self, setting: Setting, *, hook: str | None = None) -> None:
         super().__init__(setting)
         self._optimizer = ForeachLars(setting.parameters, lr=setting.lr, **LARS)
-        self.module = module = data_parallel(setting.model, setting.ranks.group)
+        self.module = module = data_parallel(setting.model, setting.ranks.group, hook)
         if hook is not None:
             state, function = hook_of(hook, setting.ranks.group)
             module.register_comm_hook(state, self._timed(function))

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 POWERSGD_RANK = 2
 POWERSGD_START = 2  # iterations that are summed without compression; torch's smallest
 TOPK_FRACTION = 0.01
+_ONE_BUCKET_MB = 1 << 20
 
 Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
 
@@ -122,13 +123,18 @@ class TopK:
             param.grad = mean_grad
 
 
-def data_parallel(model: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
-    """DDP as fast as it goes: gradients are views of its buckets; buffers stay each rank's own, as with our methods."""
+def data_parallel(model: nn.Module, group: dist.ProcessGroup, hook: str | None) -> DistributedDataParallel:
+    """DDP as fast as it goes: gradients are views of its buckets; buffers stay each rank's own, as with our methods.
+
+    PowerSGD gets one bucket: each of its buckets is summed in two rounds, the second of which gloo starts whenever the
+    first has ended, so that with several buckets ranks come to different sums ("op.preamble.length <= op.nbytes").
+    """
     with warnings.catch_warnings():  # a later name of broadcast_buffers is not known to all versions of torch
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False,
+            bucket_cap_mb=_ONE_BUCKET_MB if hook == "powersgd" else None,
+        )  # fmt: skip
 
 
 def hook_of(name: str, group: dist.ProcessGroup) -> tuple[Any, Hook]:
