@@ -64,7 +64,7 @@ def every_dense_method_trains_to_the_same_weights_on_all_ranks() -> None:
     comm = js.comm.world()
     for method in (name for name in METHODS if not METHODS[name].is_sparse):
         model = make_model()
-        optimizer = make_optimizer(config_of(method), model, comm)
+        optimizer = make_optimizer(config_of(method), model, comm, steps_per_epoch=1)
         losses = train(model, optimizer, 0, 60)
         rows = gather(comm, weights(model).double().numpy())
         assert (rows == rows[0]).all(), method
@@ -114,15 +114,15 @@ def checkpoints_resume_bit_for_bit_and_need_as_many_ranks() -> None:
     for method in ("topk", "powersgd", "qsgd"):
         folder = Path(tempfile.gettempdir()) / f"jointspar-baselines-{job}-{method}"
         model, other, alone = make_model(), make_model(), make_model()
-        optimizer = make_optimizer(config_of(method), model, comm)
+        optimizer = make_optimizer(config_of(method), model, comm, steps_per_epoch=1)
         train(model, optimizer, 0, 5)
         js.checkpoint.save(folder, model=model, optimizer=optimizer)
         train(model, optimizer, 5, 10)
-        resumed = make_optimizer(config_of(method), other, comm)
+        resumed = make_optimizer(config_of(method), other, comm, steps_per_epoch=1)
         js.checkpoint.load(folder, model=other, optimizer=resumed)
         train(other, resumed, 5, 10)
         assert torch.equal(weights(model), weights(other)), method
-        single = make_optimizer(config_of(method), alone, js.comm.local())
+        single = make_optimizer(config_of(method), alone, js.comm.local(), steps_per_epoch=1)
         if method == "qsgd":  # nothing of each rank's own
             js.checkpoint.load(folder, model=alone, optimizer=single)
         else:

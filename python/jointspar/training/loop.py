@@ -30,7 +30,6 @@ from jointspar.training.data.batches import ShardedBatches, StreamedBatches, eva
 from jointspar.training.data.datasets import Dataset, load_dataset
 from jointspar.training.data.prefetch import prefetch
 from jointspar.training.models import build_model
-from jointspar.training.plots import plot_run
 from jointspar.training.records import (
     CHECKPOINT_FOLDER,
     CURVES_FILE,
@@ -286,6 +285,8 @@ class Run:
         summary = self._summary()
         self.optimizer.finish()
         if self.comm.rank == 0:
+            from jointspar.training.plots import plot_run  # brings matplotlib, which the other ranks do without
+
             write_summary(self.config.out / SUMMARY_FILE, summary)
             names = [layer.name for layer in self.optimizer.layers]
             plot_run(self.config.out / CURVES_FILE, read_metrics(self.config.out / METRICS_FILE), names, summary)
