@@ -311,5 +311,4 @@ class Pipeline:
 
     def _eligible_layers(self) -> np.ndarray:
         """bool [num_layers]: layers with a tensor that the user wants trained."""
-        trainable = self.backward.trainable
-        return np.array([trainable[list(layer.parameters)].any() for layer in self.layers.sampled], dtype=bool)
+        return self.layers.with_any(self.backward.trainable)

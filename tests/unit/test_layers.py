@@ -1,5 +1,6 @@
 """Parameters -> layers."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,7 +83,6 @@ def test_unnamed_parameters_are_layers_of_their_own():
 
 def test_sums_by_layer_leave_out_always_active_parameters():
     layers = group_layers(make_network().named_parameters())
-    import numpy as np
 
     sums = layers.sum_by_layer(np.array([1.0, 2.0, 4.0, 8.0]), np.array([0, 1, 2, 5]))
     assert sums.tolist() == [3.0, 8.0]
@@ -118,3 +118,9 @@ def test_the_description_tells_memory_order_apart():
     dense = nn.Conv2d(3, 4, 3)
     other = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     assert group_layers(dense.named_parameters()).describe() != group_layers(other.named_parameters()).describe()
+
+
+def test_a_layer_counts_where_any_of_its_parameters_does():
+    layers = group_layers(make_network().named_parameters())
+    flagged = [layers.with_any(np.arange(6) == position).tolist() for position in range(6)]
+    assert flagged == [[True, False]] * 2 + [[False, False]] * 2 + [[False, True]] * 2

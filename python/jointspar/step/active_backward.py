@@ -53,12 +53,11 @@ class ActiveBackward:
 
     def observe(self) -> None:
         """Take over flags that the user changed since `activate`; remember a parameter that the loss depends on."""
-        count = len(self._parameters)
-        found = np.fromiter((parameter.requires_grad for parameter in self._parameters), dtype=bool, count=count)
+        found = np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
         changed = found != self._as_set
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
-        has_grad = np.fromiter((parameter.grad is not None for parameter in self._parameters), dtype=bool, count=count)
+        has_grad = np.array([parameter.grad is not None for parameter in self._parameters], dtype=bool)
         self._is_reached[found] = has_grad[found]
         self._fallback = int(np.flatnonzero(has_grad)[-1]) if has_grad.any() else self._fallback
 

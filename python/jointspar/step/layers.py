@@ -46,6 +46,12 @@ class Layers:
         always = np.ones((*active.shape[:-1], 1), dtype=bool)
         return np.concatenate([active, always], axis=-1)[..., self.layer_of]
 
+    def with_any(self, flags: np.ndarray) -> np.ndarray:
+        """bool [num_layers]: layers of which any parameter is flagged (bool [num_parameters])."""
+        found = np.zeros(self.num_layers + 1, dtype=bool)
+        found[self.layer_of[flags]] = True  # the always-active ones fall on the last
+        return found[:-1]
+
     def sum_by_layer(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Add float64 values of the parameters at `positions` up to their layers; float64 [num_layers]."""
         return np.bincount(self.layer_of[positions] + 1, weights=values, minlength=self.num_layers + 1)[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,9 +32,12 @@ class HyperParameters:
                 self._group_of[position_of[id(parameter)]] = group_index
         self._is_vector = np.array([parameter.ndim <= 1 for parameter in parameters], dtype=bool)
 
-    def read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """Current values for the parameters at `positions`, float64 [len(positions)] by name."""
-        rows = np.array(self._table())[self._group_of[positions]]
+    def read(self, positions: np.ndarray) -> dict[str, Any]:
+        """Current values for the parameters at `positions` by name: float64 [len(positions)], or one number for all."""
+        table = self._table()
+        if len(table) == 1:
+            return dict(zip(self.names, table[0], strict=True))
+        rows = table[self._group_of[positions]]
         return {name: rows[:, column] for column, name in enumerate(self.names)}
 
     def check(self) -> None:
@@ -48,11 +52,11 @@ class HyperParameters:
     def agreed(self) -> list[object]:
         """What ranks must agree on before each exchange: current values, switches, and which group holds what."""
         switches = [[bool(group["nesterov"]), bool(group.get("adapt_vectors", True))] for group in self._groups]
-        return [self._table(), switches, self._group_of]
+        return [self._table(), np.array(switches), self._group_of]
 
-    def _table(self) -> list[list[float]]:
-        """Current values, one row a group."""
-        return [[float(group[name]) for name in self.names] for group in self._groups]
+    def _table(self) -> np.ndarray:
+        """Current values, float64 [num_groups, num_names]."""
+        return np.array([[float(group[name]) for name in self.names] for group in self._groups])
 
     def treated_as_vectors(self, positions: np.ndarray) -> np.ndarray:
         """bool [len(positions)]: tensors of one dimension in groups that leave those out of LARS and decay."""
@@ -68,7 +72,7 @@ def check_hyperparameters(param_groups: Sequence[dict[str, Any]], names: Sequenc
             raise ValueError(f"{missing[0]}: a parameter group does not have it, so it is of another optimizer")
         for name in names:
             value = float(group[name])
-            if not (np.isfinite(value) and value >= 0.0):
+            if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name}: {value} is not finite and at least 0")
         if group["nesterov"] and group["momentum"] <= 0.0:
             raise ValueError("nesterov: needs a momentum above 0")
@@ -119,7 +123,8 @@ class LarsUpdate:
         parameters = [self._parameters[position] for position in everything.tolist()]
         values = hyper.read(everything)
         left_out = hyper.treated_as_vectors(everything)
-        values["weight_decay"] = np.where(left_out, 0.0, values["weight_decay"])
+        if left_out.any():
+            values["weight_decay"] = np.where(left_out, 0.0, values["weight_decay"])
         index = host_index(everything, self._norms.device)
         norms = ops.lars_update(
             parameters,
