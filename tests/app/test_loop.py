@@ -17,7 +17,7 @@ from data_files import random_bytes, resize_table, write_cifar100, write_class_f
 from jointspar import cli
 from jointspar.training.config import METHODS, TrainConfig
 from jointspar.training.loop import train
-from jointspar.training.records import read_metrics
+from jointspar.training.records import Display, read_metrics
 from jointspar.training.setup import SetupError
 
 SHORT: dict[str, Any] = {"batch_size": 128, "epochs": 2, "base_lr": 0.5, "log_every": 4, "threads": 1}
@@ -116,6 +116,33 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
     with pytest.raises(SetupError, match=r"momentum was 0\.9 and is now 0\.5"):
         train(TrainConfig(out=tmp_path, resume=True, momentum=0.5, **SHORT))
+
+
+def test_one_layer_is_not_continued_as_all_layers(tmp_path: Path) -> None:
+    train(TrainConfig(out=tmp_path, max_steps=2, budget=1, **SHORT))
+    with pytest.raises(SetupError, match=r"budget was 1 and is now 1\.0"):
+        train(TrainConfig(out=tmp_path, resume=True, budget=1.0, **SHORT))
+
+
+def test_a_run_that_was_killed_while_it_first_saved_can_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint/.partial-step-00000001").mkdir(parents=True)
+    with pytest.raises(SetupError, match="start without --resume"):
+        train(TrainConfig(out=tmp_path, resume=True, **SHORT))
+    assert train(TrainConfig(out=tmp_path, max_steps=2, **SHORT)).steps == 2
+
+
+def test_an_epoch_is_saved_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the lines may be gone, and the line then ends the run."""
+
+    def fail(self: Display, text: str) -> None:
+        if text.startswith("epoch"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(Display, "line", fail)
+    with pytest.raises(BrokenPipeError):
+        train(TrainConfig(out=tmp_path, **SHORT))
+    monkeypatch.undo()
+    assert train(TrainConfig(out=tmp_path, resume=True, **SHORT)).epochs == 2
 
 
 @pytest.mark.parametrize("write", [write_class_folders, write_shards])

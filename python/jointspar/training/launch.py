@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
+
+# On these a rank asks all to stop in order. mpirun passes the second on, but lets ranks only a second after the first.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # Open MPI refuses root, and more ranks than cores, unless told otherwise; MPICH knows none of these variables.
 _OPEN_MPI = {

@@ -29,6 +29,7 @@ from jointspar.training.config import (
 from jointspar.training.data.batches import ShardedBatches, StreamedBatches, evaluation_batches, training_batches
 from jointspar.training.data.datasets import Dataset, load_dataset
 from jointspar.training.data.prefetch import prefetch
+from jointspar.training.launch import STOP_SIGNALS
 from jointspar.training.models import build_model
 from jointspar.training.records import (
     CHECKPOINT_FOLDER,
@@ -54,8 +55,8 @@ def train(config: TrainConfig) -> Summary:
     Collective: every rank of `js.comm.world()` calls it with the same config; only rank 0 writes. Each epoch ends with
     batch-norm buffers averaged, an evaluation sharded over the ranks, and a checkpoint. The same config, world size and
     threads give the same weights, in one go or resumed. With config.simulate_workers this process plays all ranks.
-    SIGTERM on any rank ends the run in order: all ranks finish the same step and write a checkpoint.
-    Raises SetupError when data, flags or folders do not allow a start, StoppedError on every rank after a SIGTERM.
+    SIGTERM or SIGUSR1 on any rank ends the run in order: all ranks finish the same step and write a checkpoint.
+    Raises SetupError when data, flags or folders do not allow a start, StoppedError on every rank after such a signal.
     """
     try:
         comm = js.comm.world()
@@ -78,7 +79,7 @@ def _train_on(comm: Transport, config: TrainConfig, load: Callable[..., Dataset]
     """What one rank does, from its set-up to the end."""
     run = _set_up(config, comm, load)
     try:
-        with _stop_on_sigterm(run.optimizer):
+        with _stop_on_signals(run.optimizer):
             return run.fit()
     finally:
         run.close()
@@ -193,18 +194,18 @@ class Run:
         is_whole = progress.batch == len(self.batches)
         if is_whole:
             progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        record = self._epoch_record("epoch" if is_whole else "stop")
         if self.metrics is not None:
-            record = self._epoch_record("epoch" if is_whole else "stop")
             self.metrics.write(record)
-            self.display.line(epoch_line(record, self.config.epochs))
-        self._save()
+        self._save()  # before it is told, since whoever listened may be gone
+        self.display.line(epoch_line(record, self.config.epochs))
 
     def _stop(self) -> None:
         """Save what an uninterrupted run has after this step, without the time that an evaluation takes."""
         self._average_over_ranks(*_AVERAGED)
         self._save()
         self.optimizer.finish()
-        raise StoppedError(f"stopped by SIGTERM after step {self.progress.step}: continue it with --resume")
+        raise StoppedError(f"stopped by a signal after step {self.progress.step}: continue it with --resume")
 
     def _save(self) -> None:
         js.checkpoint.save(
@@ -264,9 +265,11 @@ class Run:
             self.config.out / CHECKPOINT_FOLDER, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
         )
         for name, value in self.identity.items():
-            if extra["config"].get(name) != value:
+            before = extra["config"].get(name)
+            is_other_kind = name == "budget" and type(before) is not type(value)  # 1 layer is not 1.0, all layers
+            if before != value or is_other_kind:
                 raise ValueError(
-                    f"--resume: {name} was {extra['config'].get(name)!r} and is now {value!r}: "
+                    f"--resume: {name} was {before!r} and is now {value!r}: "
                     "continue with the settings that the run began with, or start another in a new --out"
                 )
         return Progress(**extra["progress"])
@@ -320,16 +323,17 @@ class Run:
 
 
 @contextmanager
-def _stop_on_sigterm(optimizer: js.JointSparLARS | js.JointSparSGD) -> Iterator[None]:
-    """Only the main thread may handle signals; in another one SIGTERM keeps its meaning."""
+def _stop_on_signals(optimizer: js.JointSparLARS | js.JointSparSGD) -> Iterator[None]:
+    """Only the main thread may handle signals; in another one they keep their meaning."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: optimizer.request_stop())
+    previous = {number: signal.signal(number, lambda *_: optimizer.request_stop()) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _totals(stats: Stats) -> tuple[int, int, int]:

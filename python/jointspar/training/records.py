@@ -96,11 +96,20 @@ def write_summary(path: Path, summary: Summary) -> None:
     write_atomically(path, json.dumps(json_safe(asdict(summary)), indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file in one move: a reader sees the old or the new content, never half."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file in one move: a reader sees the old or the new content, never half, on a full disk too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint that was written to its end."""
+    return any((folder / CHECKPOINT_FOLDER).glob("step-*"))
 
 
 def remove_run(folder: Path) -> None:

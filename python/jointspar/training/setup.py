@@ -20,7 +20,9 @@ from jointspar.training.config import (
     SAMPLING_FIELDS,
     TrainConfig,
 )
-from jointspar.training.records import CHECKPOINT_FOLDER, SUMMARY_FILE
+from jointspar.training.data.properties import PROPERTIES
+from jointspar.training.models import build_model
+from jointspar.training.records import SUMMARY_FILE, has_checkpoint
 
 
 class SetupError(ValueError):
@@ -60,6 +62,14 @@ def check_warmup(config: TrainConfig, world_size: int) -> None:
         )
 
 
+def check_settings(config: TrainConfig, world_size: int) -> None:
+    """What the set-up of a run would refuse, without data and other ranks. Raises ValueError naming the argument."""
+    check_warmup(config, world_size)
+    its = PROPERTIES[config.dataset]
+    model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
+    make_optimizer(config, model, js.comm.local(), steps_per_epoch=1).release()
+
+
 def prepare_folder(config: TrainConfig) -> None:
     """Make config.out and see that it can be written, and that no other run is in it. Raises ValueError."""
     folder = config.out
@@ -69,12 +79,12 @@ def prepare_folder(config: TrainConfig) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from error
-    has_checkpoint = (folder / CHECKPOINT_FOLDER).is_dir() and any((folder / CHECKPOINT_FOLDER).iterdir())
-    if config.resume and not has_checkpoint:
+    is_begun = has_checkpoint(folder)
+    if config.resume and not is_begun:
         raise ValueError(
             f"--resume: no checkpoint in {folder}; start without --resume, or give the --out of a started run"
         )
-    if not config.resume and (has_checkpoint or (folder / SUMMARY_FILE).exists()):
+    if not config.resume and (is_begun or (folder / SUMMARY_FILE).exists()):
         raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
     (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it is the sign that a run is complete
 
