@@ -60,6 +60,15 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def fake_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for `jointspar reproduce`, whose runs end at once."""
+    from fake_training import install
+
+    install(tmp_path, monkeypatch)
+    return tmp_path
+
+
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on each backend; one that was not built or installed is a failure, not a skip."""

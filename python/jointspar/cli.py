@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank
+from jointspar.training.config import DATASETS, METHODS, MODELS, TrainConfig, flag, launcher_rank, local_ranks
 
 EXIT_USAGE = 2  # and missing or damaged data
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -87,7 +87,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     _add_train_flags(train)
     _add_reproduce_flags(
-        commands.add_parser("reproduce", help="run a list of experiments, and write tables, figures and a report")
+        commands.add_parser(
+            "reproduce", help="run a list of experiments, and write tables, figures and a report", allow_abbrev=False
+        )
     )
     data = commands.add_parser("data", help="look after the data files")
     actions = data.add_subparsers(dest="action", required=True, metavar="{check}")
@@ -171,9 +173,9 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     rate.add_argument(
         "--milestones",
         type=float,
-        nargs="+",
+        nargs="*",
         metavar="E",
-        help="epochs at which the rate falls tenfold (default: 30, 50, 70 of 90, in proportion)",
+        help="epochs at which the rate falls tenfold; none: never (default: 30, 50, 70 of 90, in proportion)",
     )
     rate.add_argument("--momentum", type=float, help="default 0.9")
     rate.add_argument("--nesterov", action="store_true")
@@ -270,8 +272,12 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    _require_packages("reproduce", "matplotlib", "safetensors", "tqdm", "jinja2")
-    from jointspar.training.reproduce import ListError, RunError, reproduce
+    _require_packages(
+        "reproduce", "matplotlib", "safetensors", "tqdm", "jinja2", *["tomli"] * (sys.version_info < (3, 11))
+    )
+    if launcher_rank() > 0 or local_ranks() > 1:
+        raise UsageError("jointspar reproduce: start it without a launcher: it starts the ranks of each run itself")
+    from jointspar.training.reproduce import ListError, RunError, Terminated, reproduce
 
     try:
         return reproduce(
@@ -285,8 +291,14 @@ def _reproduce(options: argparse.Namespace) -> int:
     except (ListError, RunError) as error:
         raise UsageError(f"jointspar reproduce: {error}") from error
     except KeyboardInterrupt:
-        print("jointspar reproduce: interrupted; the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
+    except Terminated as stopped:
+        code = 128 + stopped.number
+    except OSError as error:  # such as a full disk
+        print(f"jointspar reproduce: {error}; once that is mended the same command goes on", file=sys.stderr)
+        return 1
+    print("jointspar reproduce: interrupted; the same command goes on", file=sys.stderr)
+    return code
 
 
 def _require_packages(command: str, *names: str) -> None:

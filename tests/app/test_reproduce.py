@@ -1,7 +1,8 @@
-"""`jointspar reproduce`: lists are checked, runs are made once and continued, and the report says what they found."""
+"""`jointspar reproduce`: runs are made once and continued, and what is not sound is refused."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,161 +14,8 @@ from typing import Any
 import pytest
 
 import jobs
-from jointspar import cli
-from jointspar.training.reproduce import experiments, results, runs
-from jointspar.training.reproduce.experiments import ListError, load_list, parse_list
-
-MINIMAL: dict[str, Any] = {"title": "T", "experiments": [{"name": "one", "runs": {"dense": {"method": "lars"}}}]}
-
-# Stands for `jointspar train`: two epochs at once, with numbers that depend on seed and method in a known way.
-FAKE_TRAIN = """
-import json, sys
-from pathlib import Path
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-out, seed, method = Path(flags["--out"]), int(flags["--seed"]), flags["--method"]
-if method == "sgd":
-    print("no luck today")
-    sys.exit(3)
-(out / "calls").open("a").write("called\\n")
-accuracy = {"lars": 0.90, "jointspar-lars": 0.85}[method] + 0.01 * seed
-line = {"kind": "epoch", "epoch": 1, "step": 5, "train_loss": 0.5, "test_accuracy": accuracy / 2, "seconds": 2.0,
-        "bytes_sent": 100, "active_fraction": 0.5, "phase_ms": {"forward": 1.0, "exchange": 2.0}}
-step = {"kind": "step", "epoch": 0.5, "step": 3, "probabilities": [0.25, 1.0]}
-last = {**step, "epoch": 1, "probabilities": [0.5, 0.75]}
-end = {**line, "epoch": 2, "test_accuracy": accuracy, "seconds": 4.0, "bytes_sent": 2000}
-(out / "metrics.jsonl").write_text("".join(json.dumps(each) + "\\n" for each in (step, last, line, end)))
-summary = {"test_accuracy": accuracy, "train_loss": None if seed == 2 else 0.25, "seconds": 4.0 + seed,
-           "bytes_sent": 2000 + 2000 * seed, "active_fraction": 0.5}
-(out / "summary.json").write_text(json.dumps(summary))
-print("epoch   1/2  loss\\nepoch   2/2  loss")
-"""
-
-
-def write_list(folder: Path, methods: str = "", settings: str = "epochs = 2", seeds: str = "[0, 1]") -> Path:
-    path = folder / "small.toml"
-    path.write_text(
-        f'title = "Small <list>"\n[[experiments]]\nname = "one"\nranks = 2\nseeds = {seeds}\n'
-        f"settings = {{ {settings} }}\n"
-        '[experiments.runs]\n"dense" = { method = "lars" }\n"half" = { method = "jointspar-lars", budget = 0.5 }\n'
-        + methods
-    )
-    return path
-
-
-@pytest.fixture
-def fake_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs end at once; a launcher is needed by none of them."""
-    script = tmp_path / "fake_train.py"
-    script.write_text(FAKE_TRAIN)
-    monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, str(script)])
-    monkeypatch.setattr(runs, "find_launcher", lambda: "env")
-    real = runs.command
-    monkeypatch.setattr(runs, "command", lambda run, launcher: real(run, launcher)[3:])  # without `env -n 2`
-    return tmp_path
-
-
-def reproduce(path: Path, out: Path, *more: str) -> int:
-    return cli.main(["reproduce", "--list", str(path), "--out", str(out), *more])
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in experiments.LISTS.glob("*.toml")))
-def test_every_list_that_comes_along_is_sound(name: str) -> None:
-    assert load_list(name).experiments
-
-
-def test_the_paper_list_holds_the_papers_settings() -> None:
-    for experiment in load_list("paper").experiments:
-        for label in experiment.runs:
-            config = experiment.config(label, 0, Path())
-            assert (config.epochs, config.warmup(), config.schedule_milestones()) == (90, 5, (30, 50, 70))
-            assert (config.batch_size, config.base_lr, experiment.num_ranks) == (1024, 0.1, 64)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"experiments": []}, "experiments is empty"),
-        ({"title": 3}, "title must be a string"),
-        ({"tittle": "x"}, "unknown entry 'tittle'"),
-        ({"experiments": ["x"]}, "experiment 1: must be a table"),
-        ({"experiments": [{"name": "one"}]}, "runs is empty"),
-        ({"experiments": [{"runs": {}}]}, "name is missing"),
-        ({"experiments": [MINIMAL["experiments"][0], MINIMAL["experiments"][0]]}, "two experiments are named 'one'"),
-    ],
-)
-def test_a_wrong_list_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ListError, match=message):
-        parse_list("L", {**MINIMAL, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"name": "../up"}, "names a folder"),
-        ({"ranks": 2, "simulate_workers": 2}, "exclude each other"),
-        ({"ranks": 0}, "at least 1"),
-        ({"ranks": True}, "ranks must be a integer"),
-        ({"seeds": [1, 1]}, "seeds must be different integers"),
-        ({"seeds": [0.5]}, "seeds must be different integers"),
-        ({"reference": "x"}, "reference 'x' is none of its runs"),
-        ({"runs": {"a/b": {}}}, "a label names a folder"),
-        ({"runs": {"a b": {}, "a-b": {}}}, "its folder would be that of another run"),
-        ({"runs": {"a": 3}}, "must be a table of settings"),
-        ({"runs": {"a": {"budgett": 0.5}}}, "unknown setting 'budgett'"),
-        ({"runs": {"a": {"seed": 1}}}, "unknown setting 'seed'"),
-        ({"runs": {"a": {"epochs": "3"}}}, "epochs = '3' has the wrong type"),
-        ({"runs": {"a": {"epochs": 3.5}}}, "wrong type"),
-        ({"runs": {"a": {"nesterov": 1}}}, "wrong type"),
-        ({"runs": {"a": {"milestones": ["x"]}}}, "wrong type"),
-        ({"runs": {"a": {"method": "lars", "budget": 0.5}}}, r"run 'a': --budget does not act with --method lars"),
-        ({"runs": {"a": {"budget": 1.5}}}, "out of range"),
-    ],
-)
-def test_a_wrong_experiment_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ListError, match=message):
-        parse_list("L", {**MINIMAL, "experiments": [{**MINIMAL["experiments"][0], **change}]})
-
-
-def test_settings_of_run_come_before_those_of_experiment_and_list() -> None:
-    content = {
-        "title": "T",
-        "settings": {"epochs": 1, "batch_size": 8, "momentum": 0.5},
-        "runs": {"a": {"epochs": 3}},
-        "experiments": [{"name": "one", "settings": {"epochs": 2, "batch_size": 16}}],
-    }
-    config = parse_list("L", content).experiments[0].config("a", 7, Path("x"))
-    assert (config.epochs, config.batch_size, config.momentum, config.seed) == (3, 16, 0.5, 7)
-
-
-def test_flags_say_what_the_list_says(tmp_path: Path) -> None:
-    settings = {
-        "method": "jointspar",
-        "distribution": "bandit",
-        "shift": True,
-        "milestones": [1, 2.5],
-        "nesterov": False,
-    }
-    content = {**MINIMAL, "experiments": [{"name": "one", "simulate_workers": 3, "runs": {"a b": settings}}]}
-    (run,) = runs.runs_of(parse_list("L", content), tmp_path)
-    assert run.flags() == [
-        "--out", str(tmp_path / "one/a-b/seed-0"), "--method", "jointspar", "--distribution", "bandit", "--shift",
-        "--milestones", "1", "2.5", "--seed", "0", "--simulate-workers", "3",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("arguments", [["--list", "no-such-list"], ["--list", "quick", "--only", "nothing"]])
-def test_an_unknown_name_ends_with_what_there_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> None:
-    assert cli.main(["reproduce", *arguments, "--out", str(tmp_path)]) == 2
-    assert "choose from" in capsys.readouterr().err
-
-
-def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "list.toml"
-    path.write_text("title = ")
-    assert reproduce(path, tmp_path / "out") == 2
-    assert "not TOML" in capsys.readouterr().err
+from fake_training import reproduce, write_list
+from jointspar.training.reproduce import runs
 
 
 def test_a_rehearsal_prints_the_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,42 +24,6 @@ def test_a_rehearsal_prints_the_commands_and_runs_nothing(tmp_path: Path, capsys
     assert len(lines) == 4
     assert all(line.startswith("mpirun --hostfile h -n 2 ") for line in lines)
     assert not (tmp_path / "out").exists()
-
-
-def test_results_hold_what_the_runs_left(fake_training: Path) -> None:
-    out = fake_training / "out"
-    assert reproduce(write_list(fake_training), out) == 0
-    found = json.loads((out / "results.json").read_text())
-    (experiment,) = found["experiments"]
-    assert (experiment["runs_missing"], experiment["reference"]) == (0, "dense")
-    dense, half = experiment["runs"]
-    assert [seed["seed"] for seed in half["seeds"]] == [0, 1]
-    assert half["seeds"][1]["summary"]["test_accuracy"] == pytest.approx(0.86)
-    assert [epoch["epoch"] for epoch in dense["seeds"][0]["epochs"]] == [1, 2]
-    assert half["seeds"][0]["probabilities"] == {"epoch": [0.5, 1], "values": [[0.25, 1.0], [0.5, 0.75]]}
-    assert half["seeds"][1]["probabilities"] is None
-
-
-def test_the_table_gives_mean_range_and_points_from_the_reference(fake_training: Path) -> None:
-    out = fake_training / "out"
-    assert reproduce(write_list(fake_training, seeds="[0, 2]"), out) == 0
-    rows = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
-    assert rows[0].cells == (
-        "91.00 % (90.00 % to 92.00 %)", "not finite in 1 of 2", "5 (4 to 6)", "4 kB (2 kB to 6 kB)",
-        "50 % (50 % to 50 %)",
-    )  # fmt: skip
-    assert rows[0].points is None
-    assert rows[1].points == pytest.approx(-5.0)
-
-
-def test_the_report_needs_no_other_file(fake_training: Path) -> None:
-    out = fake_training / "out"
-    assert reproduce(write_list(fake_training), out) == 0
-    page = (out / "report.html").read_text()
-    assert "Small &lt;list&gt;" in page
-    assert "85.50 % (85.00 % to 86.00 %)" in page and "-5.00" in page
-    assert page.count('src="data:image/png;base64,') == 3 == len(list((out / "figures").glob("*.png")))
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
 
 def test_complete_runs_are_not_run_again_and_a_missing_one_is(fake_training: Path) -> None:
@@ -231,10 +43,19 @@ def test_an_interrupted_run_is_resumed(fake_training: Path) -> None:
     assert reproduce(path, out) == 0
     begun = out / "one/half/seed-1"
     (begun / "summary.json").unlink()
-    (begun / "checkpoint").mkdir()
-    (begun / "checkpoint/step").touch()
+    (begun / "checkpoint/step-00000003").mkdir(parents=True)
     assert reproduce(path, out) == 0
     assert (begun / "log.txt").read_text().splitlines()[-3].endswith(" --resume")
+
+
+def test_a_run_that_was_killed_while_it_first_saved_begins_again(fake_training: Path) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    begun = out / "one/half/seed-1"
+    (begun / "summary.json").unlink()
+    (begun / "checkpoint/.partial-step-00000003").mkdir(parents=True)
+    assert reproduce(path, out) == 0
+    assert "--resume" not in (begun / "log.txt").read_text()
 
 
 def test_other_settings_in_the_same_folder_are_refused(fake_training: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +70,123 @@ def test_a_failing_run_is_told_and_the_others_are_made(fake_training: Path, caps
     assert reproduce(write_list(fake_training, methods='"bad" = { method = "sgd" }\n'), out) == 1
     assert re.search(r"one, bad, seed 0: failed with exit code 3.*no luck today", capsys.readouterr().err, re.S)
     assert json.loads((out / "results.json").read_text())["experiments"][0]["runs_missing"] == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "different"),
+    [
+        ("ranks = 2", "ranks = 2\nsettings.threads = 1", "threads"),
+        ("ranks = 2", "ranks = 2\nsettings.log_every = 3", "log_every"),
+        ("settings.budget = 1", "settings.budget = 1.0", "budget"),
+        ("simulate_workers = 2", "ranks = 2", "simulated"),
+    ],
+)
+def test_whatever_decides_numbers_or_times_must_be_the_same(
+    fake_training: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, different: str
+) -> None:
+    path, out = fake_training / "list.toml", fake_training / "out"
+    for lines, code in ((before, 0), (before, 0), (after, 2)):
+        path.write_text(f'title = "T"\n[[experiments]]\nname = "one"\n{lines}\nruns.half.method = "jointspar-lars"\n')
+        assert reproduce(path, out) == code
+    assert f"holds a run with another {different}: remove" in capsys.readouterr().err
+
+
+def test_what_failed_may_be_mended_in_the_list(fake_training: Path) -> None:
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training, methods='"bad" = { method = "sgd" }\n'), out) == 1
+    assert reproduce(write_list(fake_training, methods='"bad" = { method = "lars", lr = 0.5 }\n'), out) == 0
+
+
+def test_a_run_that_reproduce_did_not_make_is_refused(fake_training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    (out / "one/half/seed-1/run.json").unlink()
+    assert reproduce(path, out) == 2
+    assert "did not make: remove that folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "summary.json", "metrics.jsonl"])
+def test_a_damaged_file_is_named(fake_training: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    (out / "one/half/seed-1" / name).write_text("{\n")
+    assert reproduce(path, out) == 2
+    assert re.search(r"one, half, seed 1: .*seed-1.* is damaged .*remove", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('strategy = "psychic"', "strategy: 'psychic' is not one of"),
+        ("budget = 6", "budget: 6 layers of 5 is more"),
+        ("budget = 0.5, p_min = 0.9", "p_min: 0.9 is more"),
+        ('exchange = "pigeon"', "exchange: 'pigeon' is not one of"),
+        ("warmup_epochs = 1, batch_size = 64", "--warmup-epochs does not act with 128 samples per step"),
+    ],
+)
+def test_what_the_set_up_would_refuse_is_refused_before_anything_runs(
+    fake_training: Path, capsys: pytest.CaptureFixture[str], settings: str, message: str
+) -> None:
+    out = fake_training / "out"
+    methods = f'"wrong" = {{ method = "jointspar-lars", {settings} }}\n'
+    assert reproduce(write_list(fake_training, methods=methods), out) == 2
+    assert f"one, run 'wrong': {message}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--launcher", ""), "--launcher is empty"),
+        (("--launcher", "mpirun 'x"), "--launcher mpirun 'x: No closing quotation"),
+        (("--launcher", "no-such-program -x"), "no no-such-program was found"),
+        (("--launcher", "env", "--report"), "--launcher does not act with --report"),
+        (("--report",), "there is no such folder"),
+        (("--rep",), "unknown argument '--rep'"),
+    ],
+)
+def test_a_flag_that_cannot_act_is_refused_in_one_line(
+    fake_training: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
+) -> None:
+    assert reproduce(write_list(fake_training), fake_training / "out", *flags) == 2
+    assert message in (errors := capsys.readouterr().err) and errors.count("\n") == 1
+
+
+def test_without_a_launcher_ranks_are_refused_and_one_process_is_not(
+    fake_training: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "find_launcher", lambda: None)
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 2
+    assert "no mpirun was found" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("ranks = 2", ""))
+    assert reproduce(path, out, "--launcher", "env") == 2
+    assert "--launcher does not act" in capsys.readouterr().err
+
+
+def test_under_a_launcher_it_is_refused(
+    fake_training: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    assert reproduce(write_list(fake_training), fake_training / "out") == 2
+    assert "start it without a launcher" in capsys.readouterr().err
+
+
+def test_out_that_cannot_be_written_is_refused(fake_training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fake_training / "file").touch()
+    assert reproduce(write_list(fake_training), fake_training / "file/out") == 2
+    assert "cannot be written: Not a directory; give another folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_it_in_one_line(
+    fake_training: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_atomically", fail)
+    assert reproduce(write_list(fake_training), fake_training / "out") == 1
+    assert capsys.readouterr().err.endswith("No space left on device; once that is mended the same command goes on\n")
 
 
 @pytest.mark.mpi

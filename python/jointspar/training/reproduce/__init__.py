@@ -2,6 +2,7 @@
 
 from jointspar.training.reproduce.experiments import ListError
 from jointspar.training.reproduce.main import reproduce
+from jointspar.training.reproduce.process import Terminated
 from jointspar.training.reproduce.runs import RunError
 
-__all__ = ["ListError", "RunError", "reproduce"]
+__all__ = ["ListError", "RunError", "Terminated", "reproduce"]

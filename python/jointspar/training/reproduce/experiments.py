@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 LISTS = Path(__file__).with_name("lists")
+FIGURES_FOLDER = "figures"  # beside the folders of the experiments
 # What the list says elsewhere, or what belongs to the machine and not to the experiment.
 _NOT_SETTINGS = ("out", "seed", "resume", "data_dir", "max_steps", "simulate_workers")
 _SETTINGS = tuple(field.name for field in fields(TrainConfig) if field.name not in _NOT_SETTINGS)
@@ -74,8 +75,10 @@ def load_list(name: str) -> ExperimentList:
     known = ", ".join(sorted(each.stem for each in LISTS.glob("*.toml")))
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ListError(f"--list {name}: there is no such list or file; choose from {known}, or give a path") from error
+    except OSError as error:
+        raise ListError(f"--list {name}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ListError(f"--list {name}: not TOML: {error}") from error
     return parse_list(path.stem, content)
@@ -115,8 +118,10 @@ def _parse_experiment(place: str, content: Mapping[str, Any], whole: Mapping[str
     if not isinstance(content, Mapping):
         raise ListError(f"{place}: must be a table")
     _check_keys(place, content, _EXPERIMENT_KEYS, required=("name",))
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", content["name"]):
-        raise ListError(f"{place}: name {content['name']!r} names a folder: use a-z, 0-9, dots and dashes")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", content["name"]) or content["name"] == FIGURES_FOLDER:
+        raise ListError(
+            f"{place}: name {content['name']!r} names a folder: use a-z, 0-9 and dashes, and not {FIGURES_FOLDER!r}"
+        )
     place = f"{place} ({content['name']})"
     if "ranks" in content and "simulate_workers" in content:
         raise ListError(f"{place}: ranks and simulate_workers exclude each other")
@@ -149,28 +154,32 @@ def _parse_runs(place: str, content: Mapping[str, Any], common: Mapping[str, Any
     runs: dict[str, dict[str, Any]] = {}
     for label, own in content.items():
         where = f"{place}, run {label!r}"
-        if not re.fullmatch(r"[\w][\w .,+=-]*", label):
-            raise ListError(f"{where}: a label names a folder: use letters, digits, blanks and . , + = - _")
+        if not re.fullmatch(r"[^\W_][\w .,+=-]*", label):
+            raise ListError(
+                f"{where}: a label names a folder: use letters, digits, blanks and . , + = - _ after a letter or digit"
+            )
         if not isinstance(own, Mapping):
             raise ListError(f"{where}: must be a table of settings")
-        settings = {**common, **own}
-        for name in settings:
-            if name not in _SETTINGS:
-                raise ListError(f"{where}: unknown setting {name!r}; choose from {', '.join(_SETTINGS)}")
-            if not _has_type(settings[name], _TYPES[name]):
-                raise ListError(f"{where}: {name} = {settings[name]!r} has the wrong type")
+        settings = {name: _as_type(where, name, value) for name, value in {**common, **own}.items()}
         if folder_name(label) in map(folder_name, runs):
             raise ListError(f"{where}: its folder would be that of another run")
         runs[label] = settings
     return runs
 
 
-def _has_type(value: Any, annotation: Any) -> bool:
-    """Whether a TOML value is one of an annotation such as `int | float | None`; whole numbers are floats, too."""
+def _as_type(where: str, name: str, value: Any) -> Any:
+    """A TOML value as the setting's annotation wants it, such as `int | None`; whole numbers may stand for floats."""
+    if name not in _SETTINGS:
+        raise ListError(f"{where}: unknown setting {name!r}; choose from {', '.join(_SETTINGS)}")
+    annotation = _TYPES[name]
     types = {getattr(each, "__origin__", None) or each for each in get_args(annotation) or (annotation,)}
-    if isinstance(value, list):
-        return tuple in types and all(type(item) in (int, float) for item in value)
-    return type(value) in types or (type(value) is int and float in types)
+    if isinstance(value, list) and tuple in types and all(type(item) in (int, float) for item in value):
+        return [float(item) for item in value]
+    if type(value) is int and float in types and int not in types:
+        return float(value)
+    if isinstance(value, list) or type(value) not in types:
+        raise ListError(f"{where}: {name} = {value!r} has the wrong type")
+    return value
 
 
 def _check_keys(place: str, content: Mapping[str, Any], known: Mapping[str, type], required: Sequence[str]) -> None:
@@ -178,10 +187,10 @@ def _check_keys(place: str, content: Mapping[str, Any], known: Mapping[str, type
         if name not in known:
             raise ListError(f"{place}: unknown entry {name!r}; choose from {', '.join(known)}")
         if not isinstance(value, known[name]) or isinstance(value, bool):
-            raise ListError(f"{place}: {name} must be a {_TOML_NAMES[known[name]]}")
+            raise ListError(f"{place}: {name} must be {_TOML_NAMES[known[name]]}")
     missing = [name for name in required if name not in content]
     if missing:
         raise ListError(f"{place}: {missing[0]} is missing")
 
 
-_TOML_NAMES = {str: "string", int: "integer", list: "list", dict: "table"}
+_TOML_NAMES = {str: "a string", int: "an integer", list: "a list", dict: "a table"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -35,14 +36,20 @@ _WIDTH = 12.5
 Experiment = Mapping[str, Any]
 
 
-def draw(experiment: Experiment, folder: Path) -> dict[str, Path]:
-    """Write the PNG files of an experiment into `folder`; their paths by caption, in the order to be read."""
-    drawn = {}
+class Picture(NamedTuple):
+    """A figure as a file: its name and its bytes (PNG)."""
+
+    name: str
+    caption: str
+    content: bytes
+
+
+def draw(experiment: Experiment) -> Iterator[Picture]:
+    """The pictures of an experiment, in the order to be read."""
     for name, caption, figure in _figures(experiment):
-        path = folder / f"{experiment['name']}-{name}.png"
-        figure.savefig(path, dpi=110)
-        drawn[caption] = path
-    return drawn
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+        yield Picture(f"{experiment['name']}-{name}.png", caption, file.getvalue())
 
 
 def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
@@ -107,7 +114,7 @@ def _draw_seeds(
 
 
 def _line_styles() -> Iterator[dict[str, Any]]:
-    return ({"color": colour, "linestyle": dash} for dash in _DASHES for colour in _COLOURS)
+    return itertools.cycle({"color": colour, "linestyle": dash} for dash in _DASHES for colour in _COLOURS)
 
 
 def _draw_phases(experiment: Experiment) -> Figure:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from jointspar.training.reproduce import results
 from jointspar.training.reproduce.experiments import ExperimentList, load_list, select
+from jointspar.training.reproduce.process import alone_in, interrupted_by_signals
 from jointspar.training.reproduce.report import write_report
-from jointspar.training.reproduce.runs import Run, RunError, check_folder, command, execute, runs_of
-
-_STOPPED = 128 + signal.SIGTERM
+from jointspar.training.reproduce.runs import (
+    Run,
+    RunError,
+    check_folder,
+    check_runs,
+    command,
+    execute,
+    found_launcher,
+    parse_launcher,
+    runs_of,
+)
 
 
 def reproduce(
@@ -28,44 +34,53 @@ def reproduce(
     """Run every run of a list that is not complete in `out`, and write out/{results.json, report.html, figures/}.
 
     A run that was interrupted goes on from its last checkpoint; one that fails is reported and the others go on.
-    is_rehearsal: print the commands instead. Returns the exit code: 1 where a run failed. Raises ListError, RunError.
+    is_rehearsal: print the commands instead. Returns the exit code: 1 where a run failed. Raises ListError and RunError
+    before anything runs, Terminated and OSError at any time.
     """
     whole = load_list(name)
     chosen = select(whole, only)
-    words = shlex.split(launcher) if launcher else None
     runs = list(runs_of(chosen, out))
+    if is_report_only and launcher is not None:
+        raise RunError("--launcher does not act with --report: leave it out")
+    words = parse_launcher(launcher, runs)
     if is_rehearsal:
         for run in runs:
-            print(shlex.join(command(run, words or ["mpirun"])))
+            print(shlex.join(command(run, words)))
         return 0
     for run in runs_of(whole, out):
         check_folder(run)
-    out.mkdir(parents=True, exist_ok=True)
-    failures = [] if is_report_only else _run_all(runs, words)
-    found = results.collect(whole, out, _own_command(name, only, launcher, out))
-    results.save(found, out)
-    page = write_report(found, out)
-    _print_tables(found, chosen)
-    print(f"report: {page}; data: {out / results.RESULTS_FILE}")
+    missing = [] if is_report_only else [run for run in runs if not run.is_complete]
+    check_runs(missing)
+    if any(run.needs_launcher for run in missing):
+        words = found_launcher(words)
+    _prepare_folder(out, must_exist=is_report_only)
+    with interrupted_by_signals():
+        failures = _run_all(missing, words)
+        _write(whole, chosen, out, _own_command(name, launcher, out))
     for failure in failures:
         print(f"jointspar reproduce: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _run_all(runs: Sequence[Run], launcher: Sequence[str] | None) -> list[RunError]:
-    """Everything that is missing; what failed."""
+def _prepare_folder(out: Path, *, must_exist: bool) -> None:
+    if must_exist and not out.is_dir():
+        raise RunError(f"--out {out}: there is no such folder to report on")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written: {error.strerror}; give another folder") from error
+
+
+def _run_all(runs: Sequence[Run], launcher: Sequence[str]) -> list[RunError]:
+    """One run after the other; what failed."""
     failures = []
     total = sum(run.config.epochs for run in runs)
-    with _interrupt_on_sigterm(), tqdm(total=total, unit="epoch", disable=None) as progress:
-        for run in runs:
-            first = progress.n
-            if run.is_complete:
-                progress.total -= run.config.epochs  # of the time left only what is to be run speaks
-                progress.refresh()
-                continue
+    with tqdm(total=total, unit="epoch", disable=None if runs else True) as progress:
+        for number, run in enumerate(runs, start=1):
+            last = progress.n + run.config.epochs
             progress.set_description(run.name)
-            if not sys.stderr.isatty():
-                print(run.name, flush=True)
+            if progress.disable:
+                print(f"{number}/{len(runs)}  {run.name}", flush=True)
 
             def show(line: str) -> None:
                 progress.update()
@@ -76,25 +91,21 @@ def _run_all(runs: Sequence[Run], launcher: Sequence[str] | None) -> list[RunErr
             except RunError as error:
                 progress.write(f"failed: {run.name}", file=sys.stderr)
                 failures.append(error)
-            progress.update(first + run.config.epochs - progress.n)  # whatever a resumed or failed run did not say
+            progress.update(last - progress.n)  # whatever a resumed or failed run did not say
     return failures
 
 
-@contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """SIGTERM leaves through the `finally` of what is running, which ends its job."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(_STOPPED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _write(whole: ExperimentList, chosen: ExperimentList, out: Path, own_command: str) -> None:
+    """The files of `whole`, whichever process made its runs, and the tables of `chosen`."""
+    with alone_in(out):
+        found = results.collect(whole, out, own_command)
+        results.save(found, out)
+        page = write_report(found, out)
+    _print_tables(found, chosen)
+    print(f"report: {page}; data: {out / results.RESULTS_FILE}")
 
 
-def _print_tables(found: results.Result, chosen: ExperimentList) -> None:
+def _print_tables(found: Mapping[str, Any], chosen: ExperimentList) -> None:
     names = [experiment.name for experiment in chosen.experiments]
     for experiment in found["experiments"]:
         if experiment["name"] in names and experiment["runs"]:
@@ -102,10 +113,6 @@ def _print_tables(found: results.Result, chosen: ExperimentList) -> None:
     print()
 
 
-def _own_command(name: str, only: Sequence[str], launcher: str | None, out: Path) -> str:
+def _own_command(name: str, launcher: str | None, out: Path) -> str:
     words = ["jointspar", "reproduce", "--list", name, "--out", str(out)]
-    if only:
-        words += ["--only", *only]
-    if launcher:
-        words += ["--launcher", launcher]
-    return shlex.join(words)
+    return shlex.join(words if launcher is None else [*words, "--launcher", launcher])

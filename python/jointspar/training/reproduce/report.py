@@ -11,9 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jointspar.training.records import write_atomically
 from jointspar.training.reproduce import figures
+from jointspar.training.reproduce.experiments import FIGURES_FOLDER
 from jointspar.training.reproduce.results import columns, table
 
-REPORT_FILE, FIGURES_FOLDER = "report.html", "figures"
+REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.jinja"
 
 
@@ -21,37 +22,52 @@ def write_report(results: Mapping[str, Any], out: Path) -> Path:
     """Draw out/figures/*.png and write out/report.html, which holds them; returns its path."""
     folder = out / FIGURES_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    experiments = [_for_template(experiment, folder) for experiment in results["experiments"]]
+    experiments = [_for_template(experiment) for experiment in results["experiments"]]
+    pictures = {picture.name: picture.content for experiment in experiments for picture in experiment["pictures"]}
+    for former in folder.glob("*.png"):
+        if former.name not in pictures:
+            former.unlink()
+    for name, content in pictures.items():
+        write_atomically(folder / name, content)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template(_TEMPLATE).render(
-        results=results, experiments=experiments, commits=_commits(results)
+        results=results, experiments=experiments, made_with=_made_with(results), base64=_base64
     )
     write_atomically(out / REPORT_FILE, page)
     return out / REPORT_FILE
 
 
-def _for_template(experiment: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _for_template(experiment: Mapping[str, Any]) -> dict[str, Any]:
     if not experiment["runs"]:
-        return {**experiment, "rows": []}
-    drawn = figures.draw(experiment, folder)
+        return {**experiment, "rows": [], "pictures": []}
     return {
         **experiment,
         "rows": table(experiment),
         "columns": [column.title for column in columns(experiment)],
-        "figures": {caption: base64.b64encode(path.read_bytes()).decode() for caption, path in drawn.items()},
+        "pictures": list(figures.draw(experiment)),
     }
 
 
-def _commits(results: Mapping[str, Any]) -> list[str]:
-    """Of all runs, shortened, in the order of the page."""
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _made_with(results: Mapping[str, Any]) -> list[str]:
+    """On what the runs were made, one line each, in the order of the page."""
     found = [
-        commit[:10] + "+" * commit.endswith("+")
+        _in_words(circumstances)
         for experiment in results["experiments"]
         for run in experiment["runs"]
         for seed in run["seeds"]
-        for commit in seed["commits"]
-        if commit
+        for circumstances in seed["made_with"]
     ]
     return list(dict.fromkeys(found))
+
+
+def _in_words(circumstances: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {circumstances[name.lower()]}" for name in ("jointspar", "torch", "Python"))
+    words = f"{circumstances['processor']}, {circumstances['cores']} cores · {versions}"
+    commit = circumstances["commit"]
+    return words if commit is None else f"{words} · commit {commit[:10]}{'+' * commit.endswith('+')}"

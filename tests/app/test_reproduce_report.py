@@ -1,0 +1,84 @@
+"""What `jointspar reproduce` makes of the runs: results.json, the table, the figures and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fake_training import reproduce, write_list
+from jointspar.training.reproduce import figures, results
+
+
+def test_results_hold_what_the_runs_left(fake_training: Path) -> None:
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training), out) == 0
+    found = json.loads((out / "results.json").read_text())
+    (experiment,) = found["experiments"]
+    assert (experiment["runs_missing"], experiment["reference"]) == (0, "dense")
+    dense, half = experiment["runs"]
+    assert [seed["seed"] for seed in half["seeds"]] == [0, 1]
+    assert half["seeds"][1]["summary"]["test_accuracy"] == pytest.approx(0.86)
+    assert [epoch["epoch"] for epoch in dense["seeds"][0]["epochs"]] == [1, 2]
+    assert half["seeds"][0]["probabilities"] == {"epoch": [0.5, 1], "values": [[0.25, 1.0], [0.5, 0.75]]}
+    assert half["seeds"][1]["probabilities"] is None
+
+
+def test_the_table_gives_mean_range_and_points_from_the_reference(fake_training: Path) -> None:
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training, seeds="[0, 2]"), out) == 0
+    rows = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
+    assert rows[0].cells == (
+        "91.00 % (90.00 % to 92.00 %)", "not finite in 1 of 2", "5 (4 to 6)", "4 kB (2 kB to 6 kB)",
+        "50 % (50 % to 50 %)",
+    )  # fmt: skip
+    assert rows[0].points is None
+    assert rows[1].points == pytest.approx(-5.0)
+
+
+def test_points_are_over_the_seeds_that_both_runs_have(fake_training: Path) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    (out / "one/half/seed-1/summary.json").unlink()
+    assert reproduce(path, out, "--report") == 0
+    _, half = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
+    assert (half.num_seeds, half.points) == (1, pytest.approx(-5.0))
+
+
+def test_the_report_says_what_the_runs_were_made_with(fake_training: Path) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    note = out / "one/half/seed-1/run.json"
+    content = json.loads(note.read_text())
+    content["made_with"][0] |= {"processor": "Abacus", "commit": "0123456789abcdef+"}
+    note.write_text(json.dumps(content))
+    assert reproduce(path, out) == 0
+    assert re.search(r"Abacus, \d+ cores · jointspar .* · commit 0123456789\+<br>", (out / "report.html").read_text())
+
+
+def test_figures_of_what_is_no_longer_reported_are_removed(fake_training: Path) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    path.write_text(path.read_text().replace('name = "one"', 'name = "two"'))
+    assert reproduce(path, out) == 0
+    assert {place.name[:4] for place in (out / "figures").iterdir()} == {"two-"}
+
+
+def test_every_run_is_drawn_however_many(fake_training: Path) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    experiment = json.loads((out / "results.json").read_text())["experiments"][0]
+    many = [{**experiment["runs"][0], "label": str(number)} for number in range(31)]
+    assert len(figures._draw_learning({**experiment, "runs": many}).axes[0].lines) == 31
+
+
+def test_the_report_needs_no_other_file(fake_training: Path) -> None:
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training), out) == 0
+    page = (out / "report.html").read_text()
+    assert "Small &lt;list&gt;" in page
+    assert "85.50 % (85.00 % to 86.00 %)" in page and "-5.00" in page
+    assert page.count('src="data:image/png;base64,') == 3 == len(list((out / "figures").glob("*.png")))
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
