@@ -28,7 +28,7 @@ last = {**step, "epoch": 1, "probabilities": [0.5, 0.75]}
 end = {**line, "epoch": 2, "test_accuracy": accuracy, "seconds": 4.0, "bytes_sent": 2000}
 (out / "metrics.jsonl").write_text("".join(json.dumps(each) + "\\n" for each in (step, last, line, end)))
 summary = {"test_accuracy": accuracy, "train_loss": None if seed == 2 else 0.25, "seconds": 4.0 + seed,
-           "bytes_sent": 2000 + 2000 * seed, "active_fraction": 0.5}
+           "bytes_sent": 2000 + 2000 * seed, "active_fraction": 0.5, "layers": ["conv", "head"]}
 (out / "summary.json").write_text(json.dumps(summary))
 print("epoch   1/2  loss\\nepoch   2/2  loss")
 """

@@ -49,6 +49,7 @@ def test_summary_has_the_promised_fields(learned: Path) -> None:
         "method", "seed",
     } <= set(summary)  # fmt: skip
     assert (summary["method"], summary["world_size"], summary["seed"]) == ("jointspar-lars", 1, 0)
+    assert summary["layers"] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
     assert summary["steps"] == 12 * (1437 // 64)
     assert summary["active_fraction"] == pytest.approx(0.5, abs=0.03)
 

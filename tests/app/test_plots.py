@@ -13,7 +13,23 @@ from jointspar.training.plots import _draw_probabilities, plot_comparison, plot_
 from jointspar.training.records import Summary
 
 SUMMARY = Summary(
-    0.9, 0.2, 3.0, 40, 2, 10**6, 2 * 10**6, 0.5, "jointspar-lars", 0, "digits", "lenet5", 0.5, "stratified", 4, 0
+    0.9,
+    0.2,
+    3.0,
+    40,
+    2,
+    10**6,
+    2 * 10**6,
+    0.5,
+    "jointspar-lars",
+    0,
+    "digits",
+    "lenet5",
+    0.5,
+    "stratified",
+    4,
+    0,
+    layers=["conv", "head"],
 )
 
 
@@ -41,7 +57,7 @@ def test_heat_map_has_a_row_per_layer_and_spans_all_epochs() -> None:
 
 def test_run_and_comparison_are_written(tmp_path: Path) -> None:
     with_nan = [*RECORDS, record("step", 42, 4.2, train_loss=None)]
-    plot_run(tmp_path / "run.png", with_nan, ["conv", "head"], SUMMARY)
+    plot_run(tmp_path / "run.png", with_nan, SUMMARY)
     plot_comparison(tmp_path / "both.png", {"lars": RECORDS, "jointspar-lars": RECORDS}, "digits")
     for name in ("run.png", "both.png"):
         with Image.open(tmp_path / name) as picture:
@@ -49,5 +65,5 @@ def test_run_and_comparison_are_written(tmp_path: Path) -> None:
 
 
 def test_run_stopped_within_its_first_epoch_is_drawn(tmp_path: Path) -> None:
-    plot_run(tmp_path / "run.png", [record("stop", 3, 0.3)], ["conv", "head"], SUMMARY)
+    plot_run(tmp_path / "run.png", [record("stop", 3, 0.3)], SUMMARY)
     assert (tmp_path / "run.png").stat().st_size > 0

@@ -93,7 +93,7 @@ def is_there(process: int) -> bool:
     return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interruption_lets_the_run_save(
     tmp_path: Path, start: Callable[[], subprocess.Popen[str]], number: signal.Signals
 ) -> None:

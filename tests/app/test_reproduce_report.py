@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_the_table_gives_mean_range_and_points_from_the_reference(fake_training:
     rows = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
     assert rows[0].cells == (
         "91.00 % (90.00 % to 92.00 %)", "not finite in 1 of 2", "5 (4 to 6)", "4 kB (2 kB to 6 kB)",
-        "50 % (50 % to 50 %)",
+        "50 %",
     )  # fmt: skip
     assert rows[0].points is None
     assert rows[1].points == pytest.approx(-5.0)
@@ -66,12 +67,37 @@ def test_figures_of_what_is_no_longer_reported_are_removed(fake_training: Path) 
     assert {place.name[:4] for place in (out / "figures").iterdir()} == {"two-"}
 
 
-def test_every_run_is_drawn_however_many(fake_training: Path) -> None:
-    path, out = write_list(fake_training), fake_training / "out"
-    assert reproduce(path, out) == 0
-    experiment = json.loads((out / "results.json").read_text())["experiments"][0]
+@pytest.fixture
+def experiment(fake_training: Path) -> dict[str, Any]:
+    """What results.json says of two runs."""
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training), out) == 0
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())["experiments"][0]
+    return found
+
+
+def test_every_run_is_drawn_however_many(experiment: dict[str, Any]) -> None:
     many = [{**experiment["runs"][0], "label": str(number)} for number in range(31)]
     assert len(figures._draw_learning({**experiment, "runs": many}).axes[0].lines) == 31
+
+
+@pytest.mark.parametrize(("frugal", "scale"), [(1000, "linear"), (200, "log")])
+def test_traffic_is_drawn_so_that_frugal_runs_are_seen(experiment: dict[str, Any], frugal: int, scale: str) -> None:
+    experiment["runs"][1]["seeds"][0]["summary"]["bytes_sent"] = frugal  # and up to 4000 by others
+    assert [axes.get_xscale() for axes in figures._draw_learning(experiment).axes[:3]] == ["linear", "linear", scale]
+
+
+def test_the_end_shows_each_seed_and_the_mean(experiment: dict[str, Any]) -> None:
+    axes = figures._draw_end(experiment).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dense", "half"]
+    shown = [round(float(x), 9) for line in axes.lines for x in line.get_xdata()]
+    assert shown == [90, 91, 90.5, 90.5, 90.5, 85, 86, 85.5]
+
+
+def test_probabilities_name_the_layers(experiment: dict[str, Any]) -> None:
+    axes = figures._draw_probabilities(experiment["runs"][1:]).axes[0]
+    assert axes.get_title(loc="left") + axes.get_title() == "half"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv", "head"]
 
 
 def test_the_report_needs_no_other_file(fake_training: Path) -> None:
@@ -80,5 +106,5 @@ def test_the_report_needs_no_other_file(fake_training: Path) -> None:
     page = (out / "report.html").read_text()
     assert "Small &lt;list&gt;" in page
     assert "85.50 % (85.00 % to 86.00 %)" in page and "-5.00" in page
-    assert page.count('src="data:image/png;base64,') == 3 == len(list((out / "figures").glob("*.png")))
+    assert page.count('src="data:image/png;base64,') == 4 == len(list((out / "figures").glob("*.png")))
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)

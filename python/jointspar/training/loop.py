@@ -291,8 +291,7 @@ class Run:
             from jointspar.training.plots import plot_run  # brings matplotlib, which the other ranks do without
 
             write_summary(self.config.out / SUMMARY_FILE, summary)
-            names = [layer.name for layer in self.optimizer.layers]
-            plot_run(self.config.out / CURVES_FILE, read_metrics(self.config.out / METRICS_FILE), names, summary)
+            plot_run(self.config.out / CURVES_FILE, read_metrics(self.config.out / METRICS_FILE), summary)
             self.display.line(f"test accuracy {100 * summary.test_accuracy:.2f} %, files in {self.config.out}")
         return summary
 
@@ -318,6 +317,7 @@ class Run:
             epochs=config.epochs,
             skipped_steps=progress.skipped_steps,
             simulated=self.comm.is_simulated,
+            layers=[layer.name for layer in self.optimizer.layers],
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -23,7 +24,7 @@ PHASE_ORDER = ("data", "forward", "backward", "plan", "pack", "go", "exchange", 
 Record = Mapping[str, Any]
 
 
-def plot_run(path: Path, records: Sequence[Record], layer_names: Sequence[str], summary: Summary) -> None:
+def plot_run(path: Path, records: Sequence[Record], summary: Summary) -> None:
     """Draw one run: loss, accuracy and rate over epochs, time of a step by phase, probability of each layer over time.
 
     records: the lines of metrics.jsonl. Overwrites `path` (PNG).
@@ -39,7 +40,7 @@ def plot_run(path: Path, records: Sequence[Record], layer_names: Sequence[str], 
         _draw_accuracy(figure.add_subplot(grid[0, 1]), {"": epochs})
         _draw_rate(figure.add_subplot(grid[0, 2]), records)
         _draw_phases(figure.add_subplot(grid[1, 0]), epochs)
-        _draw_probabilities(figure, figure.add_subplot(grid[1, 1:]), records, layer_names)
+        _draw_probabilities(figure, figure.add_subplot(grid[1, 1:]), records, summary.layers)
         figure.savefig(path, dpi=120)
 
 
@@ -125,22 +126,26 @@ def _draw_phases(axes: Axes, epochs: Sequence[Record]) -> None:
 
 
 def _draw_probabilities(figure: Figure, axes: Axes, records: Sequence[Record], layer_names: Sequence[str]) -> None:
-    """A heat map: one row a layer, input at the top; time to the right."""
     axes.set_title("Probability of each layer, as drawn on rank 0")
     axes.grid(visible=False)
-    if not records:
-        return
-    ends = column(records, "epoch")
-    values = np.array([record["probabilities"] for record in records]).T
+    if records:
+        values = np.array([record["probabilities"] for record in records])
+        mesh = heat_map(axes, column(records, "epoch"), values, layer_names)
+        figure.colorbar(mesh, ax=axes, pad=0.01)
+
+
+def heat_map(axes: Axes, ends: np.ndarray, values: np.ndarray, layer_names: Sequence[str]) -> QuadMesh:
+    """One row a layer, input at the top; time to the right. ends: epochs; values: [len(ends), num_layers]."""
     keep = np.diff(ends, prepend=0.0) > 0  # an epoch's line repeats the step line of its last step
     edges = np.concatenate([[0.0], ends[keep]])
     rows = np.arange(len(layer_names) + 1)
-    mesh = axes.pcolormesh(edges, rows, values[:, keep], vmin=0, vmax=1, cmap="viridis", rasterized=True)
+    mesh = axes.pcolormesh(edges, rows, values[keep].T, vmin=0, vmax=1, cmap="viridis", rasterized=True)
     epochs_below(axes)
     every = max(1, len(layer_names) // 24)
     axes.set_yticks(rows[:-1:every] + 0.5, list(layer_names)[::every], fontsize=8)
     axes.invert_yaxis()
-    figure.colorbar(mesh, ax=axes, pad=0.01)
+    axes.grid(visible=False)
+    return mesh
 
 
 def epochs_below(axes: Axes) -> None:

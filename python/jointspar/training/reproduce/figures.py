@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jointspar.training.plots import PHASE_ORDER, STYLE, column, epochs_below, markers
+from jointspar.training.plots import PHASE_ORDER, STYLE, column, epochs_below, heat_map, markers
 
 _COLOURS = (
     "#1f3a5f",
@@ -32,6 +32,7 @@ _DASHES = ("-", "--", ":")  # a further round of the colours
 _PHASE_COLOURS = ("#d9dee6", "#b8c6d9", "#5b7ba6", "#f0c9a0", "#e39a5a", "#f6dfc4", "#d1603d", "#cfe0c8", "#3c8d5a",
                   "#8a5a9e", "#c3a6cf")  # fmt: skip
 _WIDTH = 12.5
+_WIDE = 8  # times
 
 Experiment = Mapping[str, Any]
 
@@ -55,6 +56,11 @@ def draw(experiment: Experiment) -> Iterator[Picture]:
 def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
     with matplotlib.rc_context(STYLE):
         yield "learning", _learning_caption(experiment), _draw_learning(experiment)
+        yield (
+            "accuracy",
+            "Accuracy after the last epoch: a dot for each seed, a bar for their mean.",
+            _draw_end(experiment),
+        )
         if not experiment["simulated"]:
             yield "phases", "Mean time of one step by phase, on rank 0, over all seeds.", _draw_phases(experiment)
         sampled = [run for run in experiment["runs"] if _has_probabilities(run)]
@@ -88,13 +94,23 @@ def _draw_learning(experiment: Experiment) -> Figure:
         for panel, (over, label, scale) in zip(row, horizontal, strict=True):
             for run, style in zip(experiment["runs"], _line_styles(), strict=False):
                 _draw_seeds(panel, run["seeds"], (over, scale), (what, factor), style)
-            panel.set(title=title, xlabel=label, xlim=(0, None))
+            panel.set(title=title, xlabel=label)
             if over == "epoch":
                 epochs_below(panel)
+            elif over == "bytes_sent" and _is_wide(experiment):
+                panel.set_xscale("log")
+            else:
+                panel.set_xlim(0, None)
     handles = [Line2D([], [], label=run["label"], **style)
                for run, style in zip(experiment["runs"], _line_styles(), strict=False)]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
     return figure
+
+
+def _is_wide(experiment: Experiment) -> bool:
+    """Whether runs send so differently much that the frugal ones would all stand at the left edge."""
+    sent = [seed["summary"]["bytes_sent"] for run in experiment["runs"] for seed in run["seeds"]]
+    return min(sent) > 0 and max(sent) > _WIDE * min(sent)
 
 
 def _draw_seeds(
@@ -117,6 +133,21 @@ def _line_styles() -> Iterator[dict[str, Any]]:
     return itertools.cycle({"color": colour, "linestyle": dash} for dash in _DASHES for colour in _COLOURS)
 
 
+def _draw_end(experiment: Experiment) -> Figure:
+    runs = experiment["runs"]
+    figure = _new_figure(1.2 + 0.34 * len(runs))
+    axes = figure.subplots()
+    for row, (run, style) in enumerate(zip(runs, _line_styles(), strict=False)):
+        accuracy = [100 * seed["summary"]["test_accuracy"] for seed in run["seeds"]]
+        axes.plot(accuracy, [row] * len(accuracy), "o", color=style["color"], alpha=0.6)
+        axes.plot(np.mean(accuracy), row, "|", color=style["color"], markersize=18, markeredgewidth=2.5)
+        if run["label"] == experiment["reference"]:
+            axes.axvline(float(np.mean(accuracy)), color=style["color"], lw=1, ls=":")
+    axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
+    axes.set(title="Test accuracy at the end, %", ylim=(len(runs) - 0.4, -0.6))
+    return figure
+
+
 def _draw_phases(experiment: Experiment) -> Figure:
     runs = experiment["runs"]
     times = [_phase_ms(run) for run in runs]
@@ -132,7 +163,7 @@ def _draw_phases(experiment: Experiment) -> Figure:
     axes.bar_label(bars, labels=[f"{end:.3g}" for end in ends], padding=4)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.02)
     axes.set(title="Time of a step", xlabel="ms")
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
     return figure
@@ -166,14 +197,8 @@ def _draw_probabilities(runs: Sequence[Mapping[str, Any]]) -> Figure:
         panel.set_axis_off()
     for panel, run in zip(panels.flat, runs, strict=False):
         drawn = run["seeds"][0]["probabilities"]
-        values = np.array(drawn["values"]).T
-        edges = np.concatenate([[0.0], np.maximum.accumulate(np.array(drawn["epoch"], dtype=float))])
-        mesh = panel.pcolormesh(
-            edges, np.arange(len(values) + 1), values, vmin=0, vmax=1, cmap="viridis", rasterized=True
-        )
-        panel.set(title=run["label"], ylabel="layer")
-        panel.grid(visible=False)
-        panel.invert_yaxis()
-        epochs_below(panel)
-    figure.colorbar(mesh, ax=panels, pad=0.01)
+        names = run["seeds"][0]["summary"]["layers"]
+        mesh = heat_map(panel, np.array(drawn["epoch"], dtype=float), np.array(drawn["values"]), names)
+        panel.set(title=run["label"])
+    figure.colorbar(mesh, ax=panels, pad=0.01, label="probability")
     return figure

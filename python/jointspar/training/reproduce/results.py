@@ -166,9 +166,9 @@ def _values(run: Mapping[str, Any], column: Column) -> list[float]:
 
 
 def _mean_and_range(values: Sequence[float], write: Callable[[float], str]) -> str:
-    """Such as "91.20 % (90.80 % to 91.50 %)"; one seed's value alone."""
+    """Such as "91.20 % (90.80 % to 91.50 %)"; one value alone where all are written alike."""
     num_lost = int(np.isnan(values).sum())
     if num_lost:
         return f"not finite in {num_lost} of {len(values)}"
-    mean = write(float(np.mean(values)))
-    return mean if len(values) == 1 else f"{mean} ({write(min(values))} to {write(max(values))})"
+    mean, low, high = write(float(np.mean(values))), write(min(values)), write(max(values))
+    return mean if low == high else f"{mean} ({low} to {high})"
