@@ -9,6 +9,7 @@ import pytest
 
 from jointspar import cli
 from jointspar.training.config import TrainConfig
+from jointspar.training.data.properties import PROPERTIES
 from jointspar.training.reproduce import experiments, runs
 from jointspar.training.reproduce.experiments import ListError, load_list, parse_list
 
@@ -25,7 +26,15 @@ def test_the_paper_list_holds_the_papers_settings() -> None:
         for label in experiment.runs:
             config = experiment.config(label, 0, Path())
             assert (config.epochs, config.warmup(), config.schedule_milestones()) == (90, 5, (30, 50, 70))
-            assert (config.batch_size, config.base_lr, experiment.num_ranks) == (1024, 0.1, 64)
+            assert (config.batch_size, config.base_lr) == (1024, 0.1)
+            assert experiment.num_ranks == (64 if config.dataset == "imagenet" else 16)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in experiments.LISTS.glob("*.toml")))
+def test_the_data_of_every_list_hold_several_batches(name: str) -> None:
+    for run in runs.runs_of(load_list(name), Path()):
+        config = run.config
+        assert PROPERTIES[config.dataset].train_size >= 2 * config.batch_size * run.experiment.num_ranks
 
 
 @pytest.mark.parametrize(

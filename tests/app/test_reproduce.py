@@ -15,7 +15,13 @@ import pytest
 
 import jobs
 from fake_training import reproduce, write_list
-from jointspar.training.reproduce import runs
+from jointspar.training.reproduce import figures, runs
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time, and are the subject of another file."""
+    monkeypatch.setattr(figures, "draw", lambda experiment: [])
 
 
 def test_a_rehearsal_prints_the_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,11 +128,18 @@ def test_a_damaged_file_is_named(fake_training: Path, capsys: pytest.CaptureFixt
         ("budget = 0.5, p_min = 0.9", "p_min: 0.9 is more"),
         ('exchange = "pigeon"', "exchange: 'pigeon' is not one of"),
         ("warmup_epochs = 1, batch_size = 64", "--warmup-epochs does not act with 128 samples per step"),
+        ("batch_size = 1000", "--batch-size 1000 on 2 ranks needs 2000 samples per step"),
+        ('dataset = "mnist"', "nowhere/mnist/train-images-idx3-ubyte is missing"),
     ],
 )
-def test_what_the_set_up_would_refuse_is_refused_before_anything_runs(
-    fake_training: Path, capsys: pytest.CaptureFixture[str], settings: str, message: str
+def test_what_a_run_would_refuse_is_refused_before_anything_runs(
+    fake_training: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: str,
+    message: str,
 ) -> None:
+    monkeypatch.setenv("JOINTSPAR_DATA", "nowhere")
     out = fake_training / "out"
     methods = f'"wrong" = {{ method = "jointspar-lars", {settings} }}\n'
     assert reproduce(write_list(fake_training, methods=methods), out) == 2

@@ -20,7 +20,8 @@ from jointspar.training.config import (
     SAMPLING_FIELDS,
     TrainConfig,
 )
-from jointspar.training.data.properties import PROPERTIES
+from jointspar.training.data.batches import training_batches
+from jointspar.training.data.datasets import Dataset
 from jointspar.training.models import build_model
 from jointspar.training.records import SUMMARY_FILE, has_checkpoint
 
@@ -62,10 +63,11 @@ def check_warmup(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def check_settings(config: TrainConfig, world_size: int) -> None:
-    """What the set-up of a run would refuse, without data and other ranks. Raises ValueError naming the argument."""
+def check_settings(config: TrainConfig, world_size: int, dataset: Dataset) -> None:
+    """What a run would refuse before its first step, without other ranks. Raises ValueError naming the argument."""
+    training_batches(dataset.train, config.batch_size, 0, world_size, config.seed)
     check_warmup(config, world_size)
-    its = PROPERTIES[config.dataset]
+    its = dataset.properties
     model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
     make_optimizer(config, model, js.comm.local(), steps_per_epoch=1).release()
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -68,7 +68,8 @@ def _end(job: subprocess.Popen[str], log: TextIO) -> None:
     """Ask the job to save and end; if this process is interrupted once more, kill it."""
     try:
         job.send_signal(signal.SIGUSR1)  # one of STOP_SIGNALS
-        print("\nending the run in order, which saves it; once more kills it", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nending the run in order, which saves it; once more kills it", file=sys.stderr, flush=True)
         rest, _ = job.communicate()
         log.write(rest)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jointspar.training.config import TrainConfig, flag
+from jointspar.training.data.datasets import load_dataset
 from jointspar.training.launch import find_launcher, train_command
 from jointspar.training.records import SUMMARY_FILE, has_checkpoint, remove_run, write_atomically
 from jointspar.training.reproduce.circumstances import circumstances
@@ -106,11 +108,12 @@ def command(run: Run, launcher: Sequence[str]) -> list[str]:
 
 
 def check_runs(runs: Sequence[Run]) -> None:
-    """Raise RunError where the set-up of a run would refuse its settings."""
+    """Raise RunError where data are missing, or a run would refuse its settings before its first step."""
+    load = functools.cache(load_dataset)
     for run in {(run.experiment.name, run.label): run for run in runs}.values():
         try:
-            check_settings(run.config, run.experiment.num_ranks)
-        except ValueError as error:
+            check_settings(run.config, run.experiment.num_ranks, load(run.config.dataset))
+        except (ValueError, OSError) as error:
             raise RunError(f"{run.experiment.name}, run {run.label!r}: {error}") from error
 
 
