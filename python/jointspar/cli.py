@@ -47,7 +47,7 @@ class UsageError(ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code.
 
-    0 fine, 1 failed or not usable, 2 wrong flags, missing or damaged data, 143 stopped.
+    0 fine, 1 failed or not usable, 2 wrong flags, missing or damaged data, 128 + N ended by signal N.
     """
     try:
         parser = _make_parser()

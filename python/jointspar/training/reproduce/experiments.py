@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LISTS = Path(__file__).with_name("lists")
+LISTS = Path(__file__).parent
 FIGURES_FOLDER = "figures"  # beside the folders of the experiments
 # What the list says elsewhere, or what belongs to the machine and not to the experiment.
 _NOT_SETTINGS = ("out", "seed", "resume", "data_dir", "max_steps", "simulate_workers")
