@@ -93,6 +93,7 @@ def test_short_floats_on_the_wire_take_an_exchange_but_no_other_dtype() -> None:
         ({"momentum": 0.0, "nesterov": True}, "--nesterov needs"),
         ({"weight_decay": -1e-4}, "--weight-decay"),
         ({"milestones": (20.0, 10.0)}, "--milestones"),
+        ({"dense_epochs": 30.0}, "--dense-epochs 30 of 30 epochs leaves none"),
         ({"warmup_epochs": -1.0}, "--warmup-epochs"),
         ({"seed": -1}, "--seed"),
         ({"bandit_lr": 0.1}, "--bandit-lr acts only with --distribution bandit"),

@@ -119,6 +119,13 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
         train(TrainConfig(out=tmp_path, resume=True, momentum=0.5, **SHORT))
 
 
+@pytest.mark.parametrize(("dense_epochs", "num_dense"), [(3 / 11, 3), (0.01, 1)])
+def test_the_first_epochs_are_dense_where_that_is_wanted(tmp_path: Path, dense_epochs: float, num_dense: int) -> None:
+    train(TrainConfig(out=tmp_path, dense_epochs=dense_epochs, max_steps=5, **(SHORT | {"log_every": 1})))
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "step"]
+    assert [record["active_fraction"] == 1.0 for record in records] == [step < num_dense for step in range(5)]
+
+
 def test_one_layer_is_not_continued_as_all_layers(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path, max_steps=2, budget=1, **SHORT))
     with pytest.raises(SetupError, match=r"budget was 1 and is now 1\.0"):

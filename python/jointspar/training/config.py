@@ -209,6 +209,11 @@ class TrainConfig:
             raise ValueError(
                 f"--trust-coefficient does not act with --method {self.method}: leave it out, or use a LARS method"
             )
+        if self.dense_epochs is not None and self.dense_epochs >= self.epochs:
+            raise ValueError(
+                f"--dense-epochs {self.dense_epochs:g} of {self.epochs} epochs leaves none to sample layers in: "
+                "give fewer, or use a method that computes every layer"
+            )
         for name in ("bandit_lr", "shift"):
             if getattr(self, name) is not None and self.distribution != "bandit":
                 raise ValueError(f"{flag(name)} acts only with --distribution bandit: add that, or leave it out")

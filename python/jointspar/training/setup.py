@@ -98,7 +98,8 @@ def make_optimizer(
     method = METHODS[config.method]
     if method.is_sparse:
         given = {name: getattr(config, name) for name in SAMPLING_FIELDS if getattr(config, name) is not None}
-        dense_steps = round((config.dense_epochs or 0) * steps_per_epoch)
+        dense_epochs = config.dense_epochs or 0
+        dense_steps = max(round(dense_epochs * steps_per_epoch), int(dense_epochs > 0))
         sampling = js.Sampling(**given, dense_steps=dense_steps, seed=config.seed)
     else:
         sampling = js.Sampling(budget=1.0, strategy="shared", distribution="uniform", seed=config.seed)
