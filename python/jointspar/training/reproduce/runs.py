@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jointspar.training.config import TrainConfig, flag
-from jointspar.training.data.datasets import load_dataset
+from jointspar.training.data.datasets import DATA_ROOT_VARIABLE, DatasetError, load_dataset
 from jointspar.training.launch import find_launcher, train_command
 from jointspar.training.records import SUMMARY_FILE, has_checkpoint, remove_run, write_atomically
 from jointspar.training.reproduce.circumstances import circumstances
@@ -113,6 +113,9 @@ def check_runs(runs: Sequence[Run]) -> None:
     for run in {(run.experiment.name, run.label): run for run in runs}.values():
         try:
             check_settings(run.config, run.experiment.num_ranks, load(run.config.dataset))
+        except DatasetError as error:
+            place = f"${DATA_ROOT_VARIABLE}/{run.config.dataset}"
+            raise RunError(f"{run.experiment.name}: {error} ({place} takes the place of --data-dir here)") from error
         except (ValueError, OSError) as error:
             raise RunError(f"{run.experiment.name}, run {run.label!r}: {error}") from error
 
