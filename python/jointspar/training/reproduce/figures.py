@@ -71,7 +71,18 @@ def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
 
 def _learning_caption(experiment: Experiment) -> str:
     several = any(len(run["seeds"]) > 1 for run in experiment["runs"])
-    return "Accuracy and loss over epochs, time and traffic." + " Bands: from the lowest to the highest seed." * several
+    over = " and over ".join(label for _, label, _ in _horizontal(experiment))
+    return f"Accuracy and loss over {over}." + " Bands: from the lowest to the highest seed." * several
+
+
+def _horizontal(experiment: Experiment) -> list[tuple[str, str, float]]:
+    """What is drawn over: entry of an epoch, label, factor. Seconds of a simulation and traffic of one rank are not."""
+    found = [("epoch", "epoch", 1.0)]
+    if not experiment["simulated"]:
+        found.append(("seconds", "seconds of training", 1.0))
+    if experiment["ranks"] > 1:
+        found.append(("bytes_sent", "MB sent by a rank", 1e-6))
+    return found
 
 
 def _new_figure(height: float) -> Figure:
@@ -81,12 +92,8 @@ def _new_figure(height: float) -> Figure:
 
 
 def _draw_learning(experiment: Experiment) -> Figure:
-    """Two rows: accuracy and loss. Seconds of a simulation, and traffic of one rank, say nothing and are left out."""
-    horizontal = [("epoch", "epoch", 1.0)]
-    if not experiment["simulated"]:
-        horizontal.append(("seconds", "seconds of training", 1.0))
-    if experiment["ranks"] > 1:
-        horizontal.append(("bytes_sent", "MB sent by a rank", 1e-6))
+    """Two rows: accuracy and loss."""
+    horizontal = _horizontal(experiment)
     figure = _new_figure(6.4)
     axes = figure.subplots(2, len(horizontal), squeeze=False)
     vertical = (("test_accuracy", "Test accuracy, %", 100.0), ("train_loss", "Training loss", 1.0))
