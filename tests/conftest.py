@@ -30,6 +30,8 @@ hypothesis.settings.load_profile("jointspar")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files that start jobs of several ranks all go to one worker, since such a job fills the machine."""
+    if config.getoption("dist") != "load":  # what -n stands for
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class JobsTogether(LoadScopeScheduling):
