@@ -24,11 +24,13 @@ import torch
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import Op
 from jointspar.errors import CheckpointError
+from jointspar.files import check_plain, sha256, sync_folder, write_whole
 from jointspar.plain_json import from_json, to_json
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _SHARED = "shared.safetensors"
+_MAX_MANIFEST_BYTES = 1 << 26  # twice what `save` lets the user add
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of content whose digests are right
 
 
@@ -50,7 +52,8 @@ def save(
 
     Returns: the checkpoint's folder.
     Raises: DesyncError where another rank does something else, OSError where the folder cannot be written, TypeError
-    for `extra` or scheduler state that JSON cannot hold, CheckpointError where the folder holds later steps.
+    for `extra` or scheduler state that JSON cannot hold, ValueError for more than 32 MiB of it, CheckpointError where
+    the folder holds later steps.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not at least 1")
@@ -63,6 +66,8 @@ def save(
         "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
         "extra": to_json(extra or {}),
     }
+    if len(json.dumps(settings, indent=1)) > _MAX_MANIFEST_BYTES // 2:
+        raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
     optimizer.meet(Op.SAVE)
     if comm.rank == 0:
         for leftover in directory.glob(".partial-step-*"):
@@ -74,7 +79,7 @@ def save(
         _write_tensors(partial / _SHARED, _shared_tensors(model, state))
     optimizer.meet(Op.SAVE)  # every rank's file is there
     if comm.rank == 0:
-        _write_bytes(partial / _MANIFEST, _manifest(partial, comm.world_size, step, settings))
+        write_whole(partial / _MANIFEST, _manifest(partial, comm.world_size, step, settings))
         _publish(partial, final)
         for old in _checkpoints(directory)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -90,6 +95,8 @@ def load(
     A damaged checkpoint is passed over with a warning for the one before it, and renamed `unusable-...`. Another world
     size is refused with strategy="independent", whose probabilities are each rank's own, and with an exchange whose
     state is; otherwise rank 0's buffers, probabilities and random state go to every rank.
+
+    Files of strangers run no code: only plain files of the names that `save` gives are opened, and read as numbers.
 
     Returns: the `extra` that was saved.
     Raises: CheckpointError where no sound checkpoint of this model is there; nothing was changed then.
@@ -111,18 +118,30 @@ def load(
         torch.Generator().set_state(own["random_state"])
         if "device_random_state" in own and own["device_random_state"].dtype != torch.uint8:
             raise ValueError("its random state of the device is malformed")
+        if scheduler is not None:
+            _load_scheduler(scheduler, from_json(manifest["scheduler"]))
     except _MALFORMED as error:
         raise CheckpointError(f"{folder}: {error}") from error
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
     optimizer.load_state_dict(state)
-    if scheduler is not None:
-        scheduler.load_state_dict(from_json(manifest["scheduler"]))
     torch.set_rng_state(own["random_state"])
     if (device := _device_of(model)) is not None and "device_random_state" in own:
         torch.cuda.set_rng_state(own["device_random_state"], device)
     return extra
+
+
+def _load_scheduler(scheduler: Any, state: object) -> None:
+    """Load a state, or leave the scheduler as it was. Raises one of `_MALFORMED`."""
+    if not isinstance(state, dict):
+        raise ValueError("its scheduler's state is malformed")
+    before = scheduler.state_dict()
+    try:
+        scheduler.load_state_dict(state)
+    except _MALFORMED:
+        scheduler.load_state_dict(before)
+        raise
 
 
 def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -155,11 +174,13 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Manifest and tensors of one checkpoint, every byte of it verified."""
     try:
+        check_plain(folder / _MANIFEST, _MAX_MANIFEST_BYTES)
         manifest = json.loads((folder / _MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
         if _digest_of(manifest) != manifest["digest"]:
             raise CheckpointError(f"{folder / _MANIFEST}: is damaged (its digest differs)")
+        _check_names(folder, manifest)
         if manifest["world_size"] != world_size:
             if is_rank_local:
                 raise CheckpointError(
@@ -169,7 +190,7 @@ def _read(
                 )
             rank = 0
         for name, expected in manifest["files"].items():
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
         shared = safetensors.torch.load_file(folder / _SHARED)
         return manifest, shared, safetensors.torch.load_file(folder / _rank_file(rank))
@@ -177,23 +198,31 @@ def _read(
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
 
 
+def _check_names(folder: Path, manifest: dict[str, Any]) -> None:
+    """A manifest may name any file of this machine: none is opened but those that `save` writes."""
+    files, num_ranks = manifest["files"], manifest["world_size"]
+    if type(num_ranks) is not int or len(files) != num_ranks + 1 or set(files) != set(_file_names(num_ranks)):
+        raise CheckpointError(f"{folder / _MANIFEST}: does not list the files of a checkpoint")
+    for name in files:
+        check_plain(folder / name)
+
+
 def _manifest(folder: Path, world_size: int, step: int, settings: dict[str, Any]) -> bytes:
-    names = [_SHARED, *(_rank_file(rank) for rank in range(world_size))]
     manifest = {"format": FORMAT, "world_size": world_size, "step": step, **settings}
-    manifest["files"] = {name: _sha256(folder / name) for name in names}
+    manifest["files"] = {name: sha256(folder / name) for name in _file_names(world_size)}
     manifest["digest"] = _digest_of(manifest)
     return json.dumps(manifest, indent=1).encode()
 
 
 def _publish(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its name; one of that name stays until then."""
-    _sync_folder(partial)
+    sync_folder(partial)
     former = final.with_name(f".former-{final.name}")
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
         os.replace(final, former)
     os.replace(partial, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -264,6 +293,10 @@ def _take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _file_names(world_size: int) -> list[str]:
+    return [_SHARED, *(_rank_file(rank) for rank in range(world_size))]
+
+
 def _rank_file(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
@@ -275,31 +308,4 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _write_tensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     contiguous = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
-    _write_bytes(path, safetensors.torch.save(contiguous))
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that its name appears only with all of its content on disk."""
-    temporary = path.with_name(f".{path.name}.partial")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    write_whole(path, safetensors.torch.save(contiguous))

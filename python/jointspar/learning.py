@@ -50,6 +50,16 @@ class Lesson:
         chance = observation_chance(strategy, self.drawn, len(gathered))
         distribution.update(squared_norms, observed, drawn_probabilities=self.drawn, chance=chance)
 
+    def is_of(self, num_layers: int) -> bool:
+        """Whether its arrays are of so many layers, and hold what a step can have left."""
+        local, mean = self.local.wait(), np.zeros(0) if self.mean is None else self.mean.wait()
+        if any(value.shape != (num_layers,) for value in (self.active, self.drawn, self.counts, local, mean)):
+            return False
+        was_drawn = self.active | (self.counts != 0)
+        is_drawable = ((self.drawn > 0.0) | ~was_drawn) & (self.drawn >= 0.0) & (self.drawn <= 1.0)
+        is_learnable = np.isfinite(local).all() or not np.isfinite(mean).all()
+        return bool(is_drawable.all() and is_learnable and not (np.minimum(local, mean) < 0.0).any())
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         arrays = {"active": self.active, "drawn": self.drawn, "counts": self.counts, "local": self.local.wait()}
         arrays["mean"] = np.full(self.drawn.size, np.nan) if self.mean is None else self.mean.wait()

@@ -26,6 +26,7 @@ from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_p
 from jointspar.telemetry import Stats
 
 MAX_SKIPPED_IN_A_ROW = 50
+_MAX_STEPS = 2**32  # the step is 32 bits of the counter that random numbers are made from
 
 
 @dataclass
@@ -235,16 +236,16 @@ class Pipeline:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of other parameters or layers."""
-        if len(state["trainable"]) != len(self.layers.parameters):
+        if np.shape(state["trainable"]) != (len(self.layers.parameters),):
             raise ValueError(
-                f"state_dict: is of {len(state['trainable'])} parameters, not {len(self.layers.parameters)}"
+                f"state_dict: is of {np.size(state['trainable'])} parameters, not {len(self.layers.parameters)}"
             )
+        if not 0 <= int(state["step"]) < _MAX_STEPS or int(state["skipped_in_a_row"]) < 0:
+            raise ValueError(f"state_dict: no run has made {int(state['step'])} steps")
         self.distribution.check_state(state["distribution"])
-        if state["lesson"] and len(state["lesson"]["drawn"]) != self.layers.num_layers:
-            raise ValueError(f"state_dict: its lesson is of {len(state['lesson']['drawn'])} layers")
         self.chooser.check_state(state["exchange"])
-        if state["lesson"]:
-            Lesson.from_state(state["lesson"])
+        if state["lesson"] and not Lesson.from_state(state["lesson"]).is_of(self.layers.num_layers):
+            raise ValueError(f"state_dict: its lesson is not of {self.layers.num_layers} layers")
 
     def load_state_dict(self, state: dict[str, Any], also_agreed: Sequence[torch.Tensor] = ()) -> None:
         """Continue from `state_dict`, once `check_state` has passed it. Collective: plans the step again.

@@ -89,10 +89,13 @@ class LayerDistribution:
             if name not in state or np.shape(state[name]) != self.probabilities.shape:
                 shape = np.shape(state.get(name, ()))
                 raise ValueError(f"state has {name} of shape {shape}, not of {self.probabilities.size} layers")
-        values = np.concatenate([np.asarray(state[name], dtype=np.float64) for name in ("probabilities", "norm_ema")])
+        values = [np.asarray(state[name], dtype=np.float64) for name in ("probabilities", "norm_ema", "norm_count")]
         bound = float(state["gradient_bound"])
-        if not (np.isfinite(values).all() and (values >= 0.0).all() and np.isfinite(bound) and bound >= 0.0):
+        if not all(np.isfinite(value).all() and (value >= 0.0).all() for value in (*values, np.float64(bound))):
             raise ValueError("state has probabilities, norms or a bound that are negative or not finite")
+        eligible, probabilities = np.asarray(state["eligible"]).astype(bool), values[0]
+        if (probabilities > 1.0).any() or ((probabilities > 0.0) != eligible).any():
+            raise ValueError("state has probabilities above 1, or of 0 for layers that may be drawn")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`, once `check_state` has passed it."""

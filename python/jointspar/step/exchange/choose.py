@@ -153,19 +153,30 @@ class Chooser:
         return seconds | {"num_bytes": torch.tensor(self.costs.num_bytes), "world_size": torch.tensor(self._world_size)}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError for a state that a custom exchange cannot take."""
+        """Raises ValueError for a state that a custom exchange cannot take, or for costs that say nothing."""
         if self._custom is not None:
             self._custom.check_state(state)
+        elif self._applies(state):
+            lengths = np.asarray(state["num_bytes"])
+            columns = [np.asarray(state[name], dtype=np.float64) for name in (*self._candidates, "num_bytes")]
+            is_whole = lengths.ndim == 1 and lengths.size > 0 and all(c.shape == lengths.shape for c in columns)
+            if not is_whole or not all((column >= 0.0).all() for column in columns) or not (lengths > 0).all():
+                raise ValueError("state_dict: the costs of its exchanges are malformed")
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over costs of the same candidates and number of ranks; others do not apply here and are passed over."""
         if self._custom is not None:
             self._custom.load_state_dict(state)
             return
-        if self.costs is None or state.keys() != {*self.costs.seconds, "num_bytes", "world_size"}:
-            return
-        if int(state["world_size"]) == self._world_size:
+        if self._applies(state):
+            assert self.costs is not None
             num_bytes = tuple(np.asarray(state["num_bytes"]).tolist())
             self.costs = Costs(
                 num_bytes, {name: tuple(np.asarray(state[name]).tolist()) for name in self.costs.seconds}
             )
+
+    def _applies(self, state: Mapping[str, torch.Tensor]) -> bool:
+        """Whether costs are of the same candidates and number of ranks."""
+        if self.costs is None or state.keys() != {*self.costs.seconds, "num_bytes", "world_size"}:
+            return False
+        return int(state["world_size"]) == self._world_size
