@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from jointspar import comm as comm_module
@@ -45,9 +47,13 @@ class _JointSparOptimizer(torch.optim.Optimizer):
     ) -> None:
         if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
             raise ValueError(f"check_every: {check_every!r} is not a number of steps, or 0 for never")
-        if inactive not in INACTIVE:
+        if not isinstance(inactive, str) or inactive not in INACTIVE:
             raise ValueError(f"inactive: {inactive!r} is not one of {', '.join(INACTIVE)}")
         sampling = sampling if sampling is not None else Sampling()
+        _check_kind("sampling", sampling, "a jointspar.Sampling", isinstance(sampling, Sampling))
+        _check_kind("comm", comm, "a transport of jointspar.comm", comm is None or hasattr(comm, "start_headers"))
+        is_exchange = isinstance(exchange, str) or (callable(exchange) and hasattr(exchange, "agreed"))
+        _check_kind("exchange", exchange, "a name or a CustomExchange", is_exchange)
         groups, named = named_groups(params)
         layers = group_layers(named, sampling.grouping)
         sampling.constraints(layers.num_layers)
@@ -144,6 +150,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
         Raises: DesyncError where ranks disagree, CollectiveTimeout where one does not come.
         """
+        _check_kind("closure", closure, "a function", closure is None or callable(closure))
         if max_norm is not None and self._exchanged is not None:
             raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
         if closure is not None and self._exchanged is not None:
@@ -195,6 +202,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         already, on this rank or another, so prefer this call.
         """
         position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
+        _check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
+        _check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
         chosen = list(parameters)
         if any(id(parameter) not in position_of for parameter in chosen):
             raise ValueError("parameters: not all of them belong to this optimizer")
@@ -209,6 +218,8 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
         Raises: JointSparError where no step followed the last batch, DesyncError where ranks differ in their calls.
         """
+        is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        _check_kind("batches", batches, "something to iterate over", is_iterable)
         agreement, iterator = self._pipeline.agreement, iter(batches)
         following = next(iterator, _NO_BATCH)
         agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
@@ -245,6 +256,7 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._pipeline.agreement.finish()
 
     def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
+        _check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
         if max_norm is not None and not max_norm > 0.0:
             raise ValueError(f"max_norm: {max_norm} is not above 0")
         self._exchanged = self._pipeline.exchange_gradients(
@@ -292,19 +304,30 @@ class _JointSparOptimizer(torch.optim.Optimizer):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that is not of this optimizer, its parameters, groups or layers."""
+        _check_kind("state_dict", state_dict, "a dict", isinstance(state_dict, dict))
+        try:
+            self._check_state_dict(state_dict)
+        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"state_dict: is malformed ({type(error).__name__}: {error})") from error
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         own = state_dict.get("jointspar")
         if own is None:
             raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
         self._pipeline.check_state(own)
         self._update.check_state(own.get("update", {}))
         groups, state = state_dict["param_groups"], state_dict["state"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+        if [group["params"] for group in groups] != self._numbers_by_group():
             raise ValueError("state_dict: its parameter groups are of other sizes")
         for index, parameter in enumerate(self._parameters):
             momentum = state.get(index, {}).get("momentum_buffer")
             if momentum is None or momentum.shape != parameter.shape:
                 raise ValueError(f"state_dict: has no momentum_buffer of the shape of parameter {index}")
         check_hyperparameters(groups, self._hyper_names)
+
+    def _numbers_by_group(self) -> list[list[int]]:
+        """What stands for the parameters in a state."""
+        return [group["params"] for group in super().state_dict()["param_groups"]]
 
 
 class JointSparLARS(_JointSparOptimizer):
@@ -402,3 +425,8 @@ class JointSparSGD(_JointSparOptimizer):
 
 def _as_float(value: Any, default: float) -> float:
     return default if value is None else float(value)
+
+
+def _check_kind(name: str, value: object, expected: str, is_right: bool) -> None:
+    if not is_right:
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")

@@ -74,23 +74,43 @@ def named_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[tupl
     `params` holds (name, tensor) pairs, tensors, or groups of either; a tensor that comes again (tied) is dropped.
     Unnamed parameters are layers of their own.
     """
-    if isinstance(params, (torch.Tensor, dict, str)):
+    if isinstance(params, (torch.Tensor, dict)):
         raise TypeError(f"params: expected named_parameters() or parameter groups, got {type(params).__name__}")
-    given = list(params)
-    groups = [dict(item) for item in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    given = _ordered(params)
+    groups: list[dict[str, Any]] = [{"params": given}]
+    if given and isinstance(given[0], dict):
+        if not all(isinstance(item, dict) and "params" in item for item in given):
+            raise TypeError('params: where one item is a parameter group, all must be, each with its "params"')
+        groups = [dict(item) for item in given]
     named: list[tuple[str, torch.Tensor]] = []
     seen: set[int] = set()
     for group in groups:
         members = group["params"]
         own: list[tuple[str, torch.Tensor]] = []
-        for item in [members] if isinstance(members, torch.Tensor) else members:
-            name, tensor = item if isinstance(item, tuple) else (f"parameter{len(named) + len(own)}.tensor", item)
+        for item in [members] if isinstance(members, torch.Tensor) else _ordered(members):
+            name, tensor = _pair(item, len(named) + len(own))
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 own.append((name, tensor))
         named += own
         group["params"] = [tensor for _, tensor in own]
     return [group for group in groups if group["params"]], named
+
+
+def _ordered(params: Any) -> list[Any]:
+    """The items, in an order that is the same on all ranks."""
+    if isinstance(params, (str, bytes, set, frozenset)) or not isinstance(params, Iterable):
+        raise TypeError(f"params: expected parameters in order, got {type(params).__name__}")
+    return list(params)
+
+
+def _pair(item: Any, number: int) -> tuple[str, torch.Tensor]:
+    """Name and tensor; a tensor alone is a layer of its own."""
+    if not isinstance(item, tuple):
+        return f"parameter{number}.tensor", item
+    if len(item) != 2 or not isinstance(item[0], str):
+        raise TypeError(f"params: item {number} is not a tensor, nor a pair of a name and a tensor")
+    return item
 
 
 def group_layers(named_parameters: Iterable[tuple[str, torch.Tensor]], grouping: str = "module") -> Layers:

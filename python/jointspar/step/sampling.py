@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,16 @@ class Sampling:
             raise ValueError(f"budget: the fraction {self.budget} is not in (0, 1]; a count of layers is an int")
         if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"budget: a count of layers is at least 1, got {self.budget}")
+        _check_number("p_min", 1.0 if self.p_min is None else self.p_min)
+        _check_number("bandit_lr", self.bandit_lr)
         if self.p_min is not None and not 0.0 < self.p_min <= 1.0:
             raise ValueError(f"p_min: {self.p_min} is not in (0, 1]")
         if not (self.bandit_lr >= 0.0 and np.isfinite(self.bandit_lr)):
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
         if not isinstance(self.shift, bool):
             raise TypeError(f"shift: expected True or False, got {self.shift!r}")
-        if isinstance(self.lag, bool) or self.lag not in (0, 1):
-            raise ValueError(f"lag: {self.lag} is not 0 or 1")
+        if isinstance(self.lag, bool) or not isinstance(self.lag, int) or self.lag not in (0, 1):
+            raise ValueError(f"lag: {self.lag!r} is not 0 or 1")
         if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int) or self.dense_steps < 0:
             raise ValueError(f"dense_steps: {self.dense_steps!r} is not a number of steps")
         idle = [name for name, acts in self._acting().items() if not acts]
@@ -130,5 +133,14 @@ def draw_layers(probabilities: np.ndarray, sampling: Sampling, *, step: int, ran
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: is too large for a float") from None

@@ -65,19 +65,36 @@ class HyperParameters:
 
 
 def check_hyperparameters(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """Raises ValueError for a setting that is missing, or that no update could use."""
+    """Raises ValueError or TypeError for a setting that is missing, or that no update could use."""
     for group in param_groups:
         missing = [name for name in (*names, "nesterov") if name not in group]
         if missing:
             raise ValueError(f"{missing[0]}: a parameter group does not have it, so it is of another optimizer")
         for name in names:
-            value = float(group[name])
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name}: {value} is not finite and at least 0")
+            _check_number(name, group[name])
+        for name in ("nesterov", "adapt_vectors"):
+            if not isinstance(group.get(name, False), (bool, np.bool_)):
+                raise TypeError(f"{name}: expected True or False, got {type(group[name]).__name__}")
         if group["nesterov"] and group["momentum"] <= 0.0:
             raise ValueError("nesterov: needs a momentum above 0")
     if len({bool(group["nesterov"]) for group in param_groups}) > 1:
         raise ValueError("nesterov: must be the same in all parameter groups")
+
+
+def _check_number(name: str, value: Any) -> None:
+    """A number, or a tensor of one, finite and at least 0."""
+    if type(value) is float and 0.0 <= value < math.inf:  # nearly always
+        return
+    is_tensor = isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype.is_floating_point
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not (is_tensor or is_number):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{name}: {number} is not finite and at least 0")
 
 
 class LarsUpdate:
