@@ -5,18 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jointspar.files import sha256
 from jointspar.training.data.mat_file import parse_mat
 from jointspar.training.data.properties import DatasetProperties
 
 _IDX_UINT8 = 0x08
 _MAX_BYTES = 1 << 30  # of one decompressed file: a damaged or hostile archive must not fill the memory
+SUMS_FILE = "SHA256SUMS"  # optional: what the files beside it must be, as `sha256sum * > SHA256SUMS` writes it
+_SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _COARSE_CLASSES = 20  # CIFAR-100's groups of classes, which are not trained on
 
 
@@ -146,6 +151,7 @@ def read_bytes(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
     """All of a file, decompressed when its name ends in .gz. Raises DatasetError, also for more than max_bytes."""
     if not path.is_file():
         raise DatasetError(f"{path} is missing")
+    check_sum(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(max_bytes + 1)
@@ -154,6 +160,37 @@ def read_bytes(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
     if len(content) > max_bytes:
         raise DatasetError(f"{path} is too large for a data file: over {max_bytes} bytes")
     return content
+
+
+def check_sum(path: Path) -> None:
+    """Compare a file with the SHA256SUMS beside it, if there is one, before it is opened.
+
+    Raises DatasetError, also where that does not list it.
+    """
+    sums = path.with_name(SUMS_FILE)
+    if not sums.is_file():
+        return
+    expected = _read_sums(sums, sums.stat().st_mtime_ns).get(path.name)
+    status = path.stat()
+    if expected is None:
+        raise DatasetError(f"{path} is not in {sums}")
+    if _sha256_of(path, status.st_size, status.st_mtime_ns) != expected:
+        raise DatasetError(f"{path} is not the file of {sums}: its SHA-256 differs")
+
+
+@lru_cache(maxsize=1000)
+def _read_sums(path: Path, _: int) -> dict[str, str]:
+    """Digests by file name; the other argument changes with the file."""
+    lines = [_SUMS_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if not all(lines):
+        raise DatasetError(f"{path} is not of the form that sha256sum writes")
+    return {line[2]: line[1] for line in lines if line}
+
+
+@lru_cache(maxsize=10_000)
+def _sha256_of(path: Path, *_: int) -> str:
+    """Once for each file; the other arguments change with it."""
+    return sha256(path)
 
 
 def _read_idx_images(path: Path, properties: DatasetProperties, num_items: int) -> Part:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jointspar.training.data.pictures import MAX_PICTURE_BYTES, SUFFIXES
 from jointspar.training.data.properties import DatasetProperties
-from jointspar.training.data.readers import DatasetError, read_json
+from jointspar.training.data.readers import DatasetError, check_sum, read_json
 
 SIZES_FILE = "sizes.json"  # optional: {"name.tar": number of samples}, which saves counting at the start
 SPLIT_PATTERNS = {"train": ("train/*.tar", "*train*.tar"), "test": ("val/*.tar", "*val*.tar")}
@@ -113,6 +113,7 @@ def read_shard(path: Path, num_classes: int, *, with_pictures: bool = True) -> I
     Raises DatasetError.
     """
     key, picture, label = "", None, None
+    check_sum(path)
     try:
         for member in _members(path):
             if member.key != key:
