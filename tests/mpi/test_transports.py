@@ -148,7 +148,7 @@ def test_transport_moves_all_dtypes_and_refuses_bad_arguments(checks):
 
 
 def wait_for_a_stopped_rank():
-    transport = launched(timeout=2)
+    transport = launched(timeout=2, warn=0.5)
     transport.allreduce(torch.ones(4), what="step 1 exchange")
     if transport.rank == 1:
         wake = f"sleep 5; kill -CONT {os.getpid()}"  # torchrun asks a rank to end, and kills it only after 30 s
@@ -162,6 +162,7 @@ def test_a_stopped_rank_is_a_timeout_that_ends_the_job(run_ranks):
     job = run_ranks(2, wait_for_a_stopped_rank, expect_code=None, timeout=30)
     text = r"CollectiveTimeout: rank 0: step 2 exchange: no answer from the other ranks for [2-4]\.\d s"
     assert re.search(text, job.output)
+    assert "rank 0: step 2 exchange: still waiting for other ranks after" in job.output
 
 
 def time_out_and_try_again():
@@ -299,8 +300,12 @@ def test_a_group_may_be_a_part_of_the_processes_that_the_program_initialised(run
 def test_bad_options_are_refused(make, monkeypatch):
     with pytest.raises(ValueError, match="on_failure must be"):
         make(on_failure="ignore")
-    with pytest.raises(ValueError, match="timeout must be"):
-        make(timeout=0)
-    monkeypatch.setenv("JOINTSPAR_TIMEOUT", "soon")
-    with pytest.raises(ValueError, match="JOINTSPAR_TIMEOUT"):
-        make()
+    for name in ("timeout", "warn"):
+        for seconds in (0, -1, float("nan")):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                make(**{name: seconds})
+    for name in ("JOINTSPAR_TIMEOUT", "JOINTSPAR_WARN"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "soon")
+            with pytest.raises(ValueError, match=name):
+                make()

@@ -21,7 +21,7 @@ import torch
 
 from jointspar.comm import cuda_mpi
 from jointspar.comm.device import call_with_deadline, wait_for_stream
-from jointspar.comm.process import ProcessTransport, checked_timeout
+from jointspar.comm.process import Options, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_buffer, check_words
 from jointspar.errors import JointSparError
@@ -38,15 +38,14 @@ _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outl
 class MpiTransport(ProcessTransport):
     """Operations among the ranks of an MPI communicator; see `Transport` and `mpi`."""
 
-    def __init__(self, mpi_module: ModuleType, communicator: Any, timeout: float, on_failure: str) -> None:
+    def __init__(self, mpi_module: ModuleType, communicator: Any, options: Options) -> None:
         self._mpi = mpi_module
         super().__init__(
             library="MPI",
             name=f"mpi: {library_version(mpi_module)}",
             rank=communicator.Get_rank(),
             world_size=communicator.Get_size(),
-            timeout=timeout,
-            on_failure=on_failure,
+            options=options,
         )
         self._datatypes = {
             torch.float32: mpi_module.FLOAT,
@@ -233,23 +232,25 @@ class _PendingHeaders:
         return self._rows
 
 
-def mpi(communicator: Any = None, *, timeout: float | None = None, on_failure: str = "abort") -> MpiTransport:
+def mpi(
+    communicator: Any = None, *, timeout: float | None = None, warn: float | None = None, on_failure: str = "abort"
+) -> MpiTransport:
     """The ranks of an mpi4py communicator, COMM_WORLD by default; collective.
 
-    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300. A warning is
-    logged at JOINTSPAR_WARN seconds, else 60.
+    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300.
+    warn: seconds after which a wait is logged; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
     of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an
     exit after a failed operation aborts, since MPI_Finalize would hang.
     With an MPI that was started below MPI_THREAD_SERIALIZED, call from the main thread only.
     Raises JointSparError where mpi4py is missing or MPI is not running, ValueError for a bad argument.
     """
-    seconds = checked_timeout(timeout, on_failure)
+    options = checked_options(timeout, warn, on_failure)
     mpi_module = load_mpi()
     if not mpi_module.Is_initialized() or mpi_module.Is_finalized():
         raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
     world = mpi_module.COMM_WORLD if communicator is None else communicator
-    return MpiTransport(mpi_module, world, seconds, on_failure)
+    return MpiTransport(mpi_module, world, options)
 
 
 def load_mpi() -> ModuleType:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from jointspar.comm.failure import abort_on_uncaught
 from jointspar.comm.heads import leave
@@ -23,6 +24,14 @@ _ABORT_SECONDS = 5.0  # for an abort, before the watchdog ends the process witho
 _logger = logging.getLogger("jointspar")
 
 
+class Options(NamedTuple):
+    """timeout, warn: seconds of one wait until it ends, and until it is logged. on_failure: "abort" or "raise"."""
+
+    timeout: float
+    warn: float
+    on_failure: str
+
+
 class ProcessTransport(CheckedTransport):
     """The part of a `Transport` between processes that does not depend on who carries the messages.
 
@@ -30,12 +39,12 @@ class ProcessTransport(CheckedTransport):
     process ends at exit instead of finalising the library, which would wait for ever.
     """
 
-    def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float, on_failure: str) -> None:
-        super().__init__(library=library, name=name, rank=rank, world_size=world_size, timeout=timeout)
+    def __init__(self, *, library: str, name: str, rank: int, world_size: int, options: Options) -> None:
+        super().__init__(library=library, name=name, rank=rank, world_size=world_size, timeout=options.timeout)
         self.recorder = Recorder(rank)
-        self._warn_seconds = seconds_from_environment("JOINTSPAR_WARN", 60.0)
+        self._warn_seconds = options.warn
         atexit.register(self._leave)
-        if on_failure == "abort" and world_size > 1:
+        if options.on_failure == "abort" and world_size > 1:
             abort_on_uncaught(self)  # type: ignore[arg-type]  # before the first operation that could fail
 
     def abort(self, message: str) -> None:
@@ -105,14 +114,17 @@ class ProcessTransport(CheckedTransport):
             self.abort(f"at exit: {error}")
 
 
-def checked_timeout(timeout: float | None, on_failure: str) -> float:
-    """The options of `mpi` and `torch_dist`: seconds of one wait, JOINTSPAR_TIMEOUT for None. Raises ValueError."""
+def checked_options(timeout: float | None, warn: float | None, on_failure: str) -> Options:
+    """The options of `mpi` and `torch_dist`; None is what the environment says. Raises ValueError."""
     if on_failure not in ("abort", "raise"):
         raise ValueError(f"on_failure must be 'abort' or 'raise', not {on_failure!r}")
-    seconds = seconds_from_environment("JOINTSPAR_TIMEOUT", 300.0) if timeout is None else float(timeout)
-    if not seconds > 0:
-        raise ValueError(f"timeout must be positive seconds, not {seconds}")
-    return seconds
+    given = {"timeout": (timeout, "JOINTSPAR_TIMEOUT", 300.0), "warn": (warn, "JOINTSPAR_WARN", 60.0)}
+    seconds = {}
+    for name, (value, variable, default) in given.items():
+        seconds[name] = seconds_from_environment(variable, default) if value is None else float(value)
+        if not seconds[name] > 0:
+            raise ValueError(f"{name} must be positive seconds, not {seconds[name]}")
+    return Options(**seconds, on_failure=on_failure)
 
 
 def seconds_from_environment(name: str, default: float) -> float:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from jointspar.comm.process import ProcessTransport, checked_timeout
+from jointspar.comm.process import Options, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_words
 from jointspar.errors import JointSparError
@@ -39,15 +39,14 @@ _OWN_DEADLINE = timedelta(days=30)  # gloo counts from the start of a collective
 class TorchTransport(ProcessTransport):
     """Operations among the ranks of a torch.distributed group; see `Transport` and `torch_dist`."""
 
-    def __init__(self, group: Any, timeout: float, on_failure: str) -> None:
+    def __init__(self, group: Any, options: Options) -> None:
         ranks = sorted(dist.get_process_group_ranks(group))  # the order of new groups, whatever the given one has
         super().__init__(
             library="torch.distributed",
             name="torch.distributed: gloo",
             rank=ranks.index(dist.get_rank()),
             world_size=len(ranks),
-            timeout=timeout,
-            on_failure=on_failure,
+            options=options,
         )
         self._headers, self._payload = self._private_group(ranks), self._private_group(ranks)
         self._summed = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64))
@@ -222,28 +221,30 @@ class _PendingHeaders:
         return self._rows
 
 
-def torch_dist(group: Any = None, *, timeout: float | None = None, on_failure: str = "abort") -> TorchTransport:
+def torch_dist(
+    group: Any = None, *, timeout: float | None = None, warn: float | None = None, on_failure: str = "abort"
+) -> TorchTransport:
     """The ranks of a torch.distributed group, by default of all processes that torchrun started; collective.
 
     Makes two gloo groups of its own, whatever backend `group` has. Where torch.distributed is not initialised, it is,
     with gloo and the launcher's variables, and shut down at exit.
 
-    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300. A warning is
-    logged at JOINTSPAR_WARN seconds, else 60, of waiting for a header or collective.
+    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300.
+    warn: seconds after which a wait for a header or collective is logged; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends this process, non-zero, when an uncaught exception leaves it or a JointSparError one of its
     threads: torchrun then ends the other ranks, and without it they see the connection closed. "raise" leaves
     exceptions to the program. Either way an exit after a failed operation is at once and non-zero.
     Raises JointSparError where torch.distributed cannot start or this rank is not in `group`, ValueError for a bad
     argument.
     """
-    seconds = checked_timeout(timeout, on_failure)
+    options = checked_options(timeout, warn, on_failure)
     if not (dist.is_available() and dist.is_gloo_available()):
         raise JointSparError("this torch was built without torch.distributed or without gloo")
     if not dist.is_initialized():
-        _initialise(seconds)
+        _initialise(options.timeout)
     if dist.get_rank(group) < 0:
         raise JointSparError("this process is not in the given group")
-    return TorchTransport(group, seconds, on_failure)
+    return TorchTransport(group, options)
 
 
 def is_running() -> bool:
