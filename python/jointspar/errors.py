@@ -13,5 +13,9 @@ class CollectiveTimeout(JointSparError):
     """A wait on other ranks outlived its deadline; the communicator must not be used again."""
 
 
+class RanksLost(JointSparError):
+    """Other ranks have died, and those that are left may go on: see `optimizer.shrink()`."""
+
+
 class CheckpointError(JointSparError):
     """A checkpoint is missing, damaged, or belongs to another run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from jointspar.step.exchange import Costs, CustomExchange
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
+from jointspar.survivors import go_on_without
 from jointspar.telemetry import Stats, weight_grad_flops
 
 INACTIVE = ("skip", "decay")
@@ -66,16 +68,17 @@ class _JointSparOptimizer(torch.optim.Optimizer):
         self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged: Exchanged | None = None
-        self._pipeline = Pipeline(
+        self._make_pipeline = partial(
+            Pipeline,
             layers,
             sampling,
-            comm if comm is not None else comm_module.world(),
             optimizer_name=type(self).__name__,
             inactive=inactive,
             wire_dtype=wire_dtype,
             exchange=exchange,
             check_every=check_every,
         )
+        self._pipeline = self._make_pipeline(comm if comm is not None else comm_module.world())
         broadcast_parameters(self.comm, self._parameters)
 
     def _new_momentum(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -266,6 +269,24 @@ class _JointSparOptimizer(torch.optim.Optimizer):
             max_norm=max_norm,
             is_looked_at=is_looked_at,
         )
+
+    @torch.no_grad()
+    def shrink(self) -> int:
+        """After RanksLost: go on with the ranks that are left, from the last step that any of them completed.
+
+        Collective among them; again where it raises RanksLost itself. For a transport of
+        `jointspar.comm.mpi(on_failure="shrink")`. Weights, momenta and what the ranks share of the distribution become
+        those of a rank that is furthest; means are over the ranks that are left. Gradients of a step under way are
+        void: call `zero_grad` and compute them anew. Rates are not scaled to the smaller world.
+
+        Returns: the number of steps made, from which all go on; an lr scheduler of this rank may be one behind.
+        Raises: JointSparError where the transport cannot shrink, or the exchange is a CustomExchange.
+        """
+        self._exchanged = None
+        self._pipeline, self._update = go_on_without(
+            self._pipeline, self._make_pipeline, self._parameters, self._momenta, self._update_type
+        )
+        return self._pipeline.step_count
 
     # State -------------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,27 @@ MUTATIONS = (
         "tests/unit/test_checkpoint.py::test_every_single_bit_flip_is_refused",
     ),
     Mutation(
+        "a manifest may name any file",
+        f"{PACKAGE}/checkpoint.py",
+        "        _check_names(folder, manifest)\n",
+        "",
+        "tests/unit/test_hostile_checkpoints.py::test_a_hostile_checkpoint_is_refused_and_changes_nothing",
+    ),
+    Mutation(
+        "data files are not compared with SHA256SUMS",
+        f"{PACKAGE}/training/data/readers.py",
+        "    check_sum(path)\n    try:",
+        "    try:",
+        "tests/app/test_sums.py::test_a_file_with_another_bit_is_not_opened",
+    ),
+    Mutation(
+        "the death of a rank is an error like any other",
+        f"{PACKAGE}/comm/mpi.py",
+        'if self._options.on_failure == "shrink" and error',
+        "if False and error",
+        "tests/mpi/test_survivors.py::test_the_ranks_that_are_left_go_on_with_their_means[2-victims1-3]",
+    ),
+    Mutation(
         "simulated ranks go on after one has failed",
         f"{PACKAGE}/comm/simulated.py",
         "if self._world.errors:",

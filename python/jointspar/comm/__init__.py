@@ -37,7 +37,9 @@ def world() -> Transport:
     rank = current_rank()
     if rank is not None and not rank.is_closed:
         return rank
-    if _world is None or _world.is_closed:
+    while _world is not None and _world.is_closed:
+        _world = getattr(_world, "successor", None)  # of the ranks that were left
+    if _world is None:
         _world = _make_world()
     return _world
 

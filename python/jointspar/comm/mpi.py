@@ -9,10 +9,12 @@ MPI traffic is neither authenticated nor encrypted: use it among machines that t
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -24,13 +26,17 @@ from jointspar.comm.device import call_with_deadline, wait_for_stream
 from jointspar.comm.process import Options, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_buffer, check_words
-from jointspar.errors import JointSparError
+from jointspar.comm.watchdog import end_within
+from jointspar.errors import JointSparError, RanksLost
 
 _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
 _TAG = 0
 _OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (btl_tcp_eager_limit)
+_FINALIZE_SECONDS = 20.0
+_DROP_SECONDS = 1.0  # for what other ranks' revoking ends, too
+_SHRINK_VARIABLE = "OMPI_MCA_mpi_ft_enable"  # set by `mpirun --with-ft ulfm`
 
 _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outlive whoever started them
 
@@ -40,6 +46,8 @@ class MpiTransport(ProcessTransport):
 
     def __init__(self, mpi_module: ModuleType, communicator: Any, options: Options) -> None:
         self._mpi = mpi_module
+        self._parent, self._options = communicator, options
+        self.successor: MpiTransport | None = None  # of the ranks that were left
         super().__init__(
             library="MPI",
             name=f"mpi: {library_version(mpi_module)}",
@@ -54,7 +62,11 @@ class MpiTransport(ProcessTransport):
         }
         if "Open MPI" in self.name:  # the answer shares a connection with the data of the other direction
             self.eager_bytes = _OPEN_MPI_EAGER_BYTES
-        self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
+        try:
+            self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
+        except RanksLost:
+            self._mark_closed()
+            raise
         self._takes_cuda: bool | None = None  # not asked yet
 
     def _duplicate(self, communicator: Any) -> Any:
@@ -154,6 +166,42 @@ class MpiTransport(ProcessTransport):
         self._headers.Free()
         self._payload.Free()
 
+    def shrink(self) -> MpiTransport:
+        """The transport of the ranks that are left; this one is closed then. Collective among them.
+
+        Can be called again where it raised RanksLost, since more were lost meanwhile.
+        Raises JointSparError where on_failure is not "shrink".
+        """
+        if self._options.on_failure != "shrink":
+            raise JointSparError("only a transport made with on_failure='shrink' goes on without the ranks that died")
+        self._revoke()  # whoever waits for this rank learns of it
+        self._drop_requests()
+        survivors: list[Any] = []
+        with self._watch("shrink"):  # blocking: Open MPI's Ishrink fails where a rank has died
+            call_with_deadline(self, lambda: survivors.append(self._parent.Shrink()), what="shrink")
+        survivors[0].Set_errhandler(self._mpi.ERRORS_RETURN)
+        # After the successor has met the others. Open MPI's finalising hangs in one of twenty jobs that lost a rank.
+        atexit.register(end_within, _FINALIZE_SECONDS, f"rank {self.rank}: all is done, but MPI does not end")
+        successor = MpiTransport(self._mpi, survivors[0], self._options)
+        successor.bytes_sent = self.bytes_sent
+        self.successor = successor
+        self._mark_closed()
+        return successor
+
+    def _drop_requests(self) -> None:
+        """What is under way on revoked communicators ends with errors, once it is looked at; MPI would wait at exit."""
+        until = time.monotonic() + _DROP_SECONDS
+        for pending in [pending for pending in _in_flight if pending._transport is self]:
+            for request in pending._requests:
+                with suppress(self._mpi.Exception):
+                    while not request.Test() and time.monotonic() < until:
+                        time.sleep(_LONGEST_SLEEP)
+
+    def _revoke(self) -> None:
+        for communicator in (getattr(self, "_headers", None), getattr(self, "_payload", None)):
+            if communicator is not None and not communicator.Is_revoked():
+                communicator.Revoke()
+
     def _start(self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, op: str) -> _Pending:
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")
@@ -174,6 +222,10 @@ class MpiTransport(ProcessTransport):
         try:
             return function(*arguments)
         except self._mpi.Exception as error:
+            if self._options.on_failure == "shrink" and error.Get_error_class() in _lost_classes(self._mpi):
+                self._revoke()
+                self.fail(f"{what}: other ranks have died")
+                raise RanksLost(f"rank {self.rank}: {what}: other ranks have died") from error
             self.fail(f"{what} failed with {error.Get_error_string()}")
             raise JointSparError(f"rank {self.rank}: {what}: {error.Get_error_string()}") from error
 
@@ -241,16 +293,31 @@ def mpi(
     warn: seconds after which a wait is logged; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
     of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an
-    exit after a failed operation aborts, since MPI_Finalize would hang.
+    exit after a failed operation aborts, since MPI_Finalize would hang. "shrink" is "abort", but where other ranks
+    have died RanksLost is raised, after which `optimizer.shrink()` goes on with those that are left: for Open MPI 5
+    under `mpirun --with-ft ulfm`.
     With an MPI that was started below MPI_THREAD_SERIALIZED, call from the main thread only.
-    Raises JointSparError where mpi4py is missing or MPI is not running, ValueError for a bad argument.
+    Raises JointSparError where mpi4py is missing or MPI is not running, or cannot go on without a rank though it
+    should; ValueError for a bad argument.
     """
-    options = checked_options(timeout, warn, on_failure)
+    options = checked_options(timeout, warn, on_failure, ("abort", "raise", "shrink"))
     mpi_module = load_mpi()
+    if on_failure == "shrink" and not _outlives_ranks(mpi_module):
+        raise JointSparError("on_failure='shrink' needs Open MPI 5 or later, started as `mpirun --with-ft ulfm -n N`")
     if not mpi_module.Is_initialized() or mpi_module.Is_finalized():
         raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
     world = mpi_module.COMM_WORLD if communicator is None else communicator
     return MpiTransport(mpi_module, world, options)
+
+
+def _outlives_ranks(mpi_module: ModuleType) -> bool:
+    """Whether this MPI was started so that operations fail, and the job goes on, where a rank dies (ULFM)."""
+    is_enabled = os.environ.get(_SHRINK_VARIABLE, "").lower() in ("1", "true")
+    return is_enabled and hasattr(mpi_module.Comm, "Shrink") and "Open MPI" in library_version(mpi_module)
+
+
+def _lost_classes(mpi_module: ModuleType) -> tuple[int, ...]:
+    return mpi_module.ERR_PROC_FAILED, mpi_module.ERR_PROC_FAILED_PENDING, mpi_module.ERR_REVOKED
 
 
 def load_mpi() -> ModuleType:

@@ -25,7 +25,7 @@ _logger = logging.getLogger("jointspar")
 
 
 class Options(NamedTuple):
-    """timeout, warn: seconds of one wait until it ends, and until it is logged. on_failure: "abort" or "raise"."""
+    """timeout, warn: seconds of one wait until it ends, and until it is logged. on_failure: see `mpi`."""
 
     timeout: float
     warn: float
@@ -44,7 +44,7 @@ class ProcessTransport(CheckedTransport):
         self.recorder = Recorder(rank)
         self._warn_seconds = options.warn
         atexit.register(self._leave)
-        if options.on_failure == "abort" and world_size > 1:
+        if options.on_failure != "raise" and world_size > 1:
             abort_on_uncaught(self)  # type: ignore[arg-type]  # before the first operation that could fail
 
     def abort(self, message: str) -> None:
@@ -114,10 +114,12 @@ class ProcessTransport(CheckedTransport):
             self.abort(f"at exit: {error}")
 
 
-def checked_options(timeout: float | None, warn: float | None, on_failure: str) -> Options:
+def checked_options(
+    timeout: float | None, warn: float | None, on_failure: str, ways: tuple[str, ...] = ("abort", "raise")
+) -> Options:
     """The options of `mpi` and `torch_dist`; None is what the environment says. Raises ValueError."""
-    if on_failure not in ("abort", "raise"):
-        raise ValueError(f"on_failure must be 'abort' or 'raise', not {on_failure!r}")
+    if on_failure not in ways:
+        raise ValueError(f"on_failure must be {' or '.join(map(repr, ways))}, not {on_failure!r}")
     given = {"timeout": (timeout, "JOINTSPAR_TIMEOUT", 300.0), "warn": (warn, "JOINTSPAR_WARN", 60.0)}
     seconds = {}
     for name, (value, variable, default) in given.items():

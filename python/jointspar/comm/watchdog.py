@@ -32,3 +32,9 @@ def watched(seconds: float, message: str) -> Iterator[None]:
         yield
     finally:
         _core.end_watch(watch)
+
+
+def end_within(seconds: float, message: str) -> None:
+    """From now on the process has so many seconds to end by itself."""
+    if _core is not None:
+        _core.start_watch(seconds, f"jointspar: {message}\n")

@@ -132,6 +132,11 @@ class Chooser:
         return round(num_bytes * 2 * (self._world_size - 1) / self._world_size)
 
     @property
+    def is_custom(self) -> bool:
+        """Whether the user brought the exchange."""
+        return self._custom is not None
+
+    @property
     def is_rank_local(self) -> bool:
         """Whether each rank has its own state."""
         return self._custom is not None and self._custom.is_rank_local

@@ -1,0 +1,108 @@
+"""What ranks run of which some die, while the others go on: means over those that are left. See tests/mpi."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import jointspar as js
+from jointspar.errors import JointSparError, RanksLost
+from small_training import assert_same_on_all_ranks, backward, build_model, build_optimizer, gather, layer_number, slope
+
+STEPS = 100
+
+
+def kill_soon(numbers):
+    """In the middle of whatever comes within some dozen steps."""
+    delay = 0.02 + numbers.random() * 0.1
+    subprocess.Popen(["/bin/sh", "-c", f"sleep {delay:.4f}; kill -{int(signal.SIGKILL)} {os.getpid()}"])
+
+
+def check_means(optimizer, step, ranks, p, active):
+    """mean_grads against the formula of the strategy. ranks: those that are left, by their first numbers."""
+    size = len(ranks)
+    for name, mean in optimizer.mean_grads.items():
+        k = layer_number(name)
+        count = active[:, k].sum()
+        is_stratified = optimizer.sampling.strategy == "stratified"
+        divisors = count * np.minimum(1, size * p[:, k]) if is_stratified else size * p[:, k]
+        expected = (active[:, k] * [slope(rank, step, k) for rank in ranks] / divisors).sum()
+        assert torch.allclose(mean, torch.full_like(mean, expected), rtol=1e-5), (name, step, ranks)
+
+
+def train_step(model, optimizer, step, own_number):
+    ranks = gather(optimizer.comm, np.array([own_number])).ravel()
+    p = gather(optimizer.comm, optimizer.probabilities.numpy())
+    active = gather(optimizer.comm, optimizer.active.numpy().astype(np.int64))
+    optimizer.zero_grad()
+    backward(model, own_number, step)
+    optimizer.synchronize()
+    check_means(optimizer, step, ranks.tolist(), p, active)
+    optimizer.step()
+
+
+def survive():
+    """Trains to the end, whoever dies; the rate follows a schedule, which must be the same on all ranks."""
+    comm = js.comm.mpi(on_failure="shrink")
+    numbers, own_number = random.Random(f"{os.environ['SEED']} {comm.rank}"), comm.rank
+    victims = [int(rank) for rank in os.environ["VICTIMS"].split()]
+    shared = random.Random(os.environ["SEED"])
+    model = build_model()
+    sampling = js.Sampling(strategy=shared.choice(["shared", "stratified", "independent"]), distribution="bandit")
+    exchange = shared.choice(["allreduce", "ring", "two_shot", "auto"])
+    optimizer = build_optimizer(model, sampling=sampling, exchange=exchange, comm=comm, check_every=3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+    step, losses = 0, 0
+    dies_at = 5 + 20 * victims.index(comm.rank) if comm.rank in victims else STEPS
+    while step < STEPS:
+        try:
+            if step >= dies_at:
+                kill_soon(numbers)
+                dies_at = STEPS
+            train_step(model, optimizer, step, own_number)
+            step += 1
+            time.sleep(0.002)
+        except RanksLost:
+            step = go_on(optimizer)
+            losses += 1
+        while scheduler.last_epoch < step:
+            scheduler.step()
+    assert_same_on_all_ranks(optimizer.comm, model)
+    optimizer.finish()
+    print(f"END rank {own_number} of {optimizer.comm.world_size} after {losses} losses\n", end="", flush=True)
+
+
+def go_on(optimizer):
+    while True:
+        try:
+            return optimizer.shrink()
+        except RanksLost:
+            continue
+
+
+def use_what_is_left():
+    comm = js.comm.world()
+    assert js.comm.world() is comm
+    with pytest.raises(JointSparError, match="only a transport made with"):
+        comm.shrink()
+    optimizer = build_optimizer(build_model(), comm=js.comm.mpi(on_failure="shrink"))
+    successor = optimizer.comm.shrink()  # though nobody died
+    assert successor.world_size == comm.world_size and optimizer.comm.is_closed and not successor.is_closed
+    total = torch.ones(3)
+    successor.allreduce(total, what="test")
+    assert (total == comm.world_size).all()
+    print("DONE", flush=True)
+
+
+def raise_on_one_rank():
+    comm = js.comm.mpi(on_failure="shrink")
+    comm.allreduce(torch.ones(3), what="step 1")
+    if comm.rank == 1:
+        print(f"FAULT {time.time()}\n", end="", flush=True)
+        raise ZeroDivisionError("the fault")
+    comm.allreduce(torch.ones(3), what="step 2")
