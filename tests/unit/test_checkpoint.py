@@ -252,3 +252,54 @@ def test_another_optimizer_or_grouping_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="scheduler"):
         js.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, scheduler=scheduler)
     assert_equal(before, everything(other, other_optimizer))
+
+
+@pytest.mark.parametrize("strategy", ["stratified", "shared"])
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 1), (1, 2), (2, 3), (3, 2)])
+def test_another_number_of_ranks_goes_on_from_what_rank_0_had(tmp_path, strategy, saved_by, loaded_by):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        sampling = js.Sampling(strategy=strategy, distribution="bandit", lag=1)
+        return model, js.JointSparLARS(model.named_parameters(), sampling=sampling, check_every=1)
+
+    def go_on(model, optimizer, steps):
+        for step in range(steps):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + optimizer.comm.rank)
+            model(torch.randn(6, 3, generator=generator)).square().sum().backward()
+            optimizer.step()
+        return everything(model, optimizer)
+
+    def first(_):
+        run = build()
+        saved = go_on(*run, 4)
+        js.checkpoint.save(tmp_path, model=run[0], optimizer=run[1], extra={"ranks": saved_by})
+        return saved
+
+    def second(_):
+        run = build()
+        assert js.checkpoint.load(tmp_path, model=run[0], optimizer=run[1]) == {"ranks": saved_by}
+        return everything(*run), go_on(*run, 4)
+
+    saved = js.comm.run_simulated(saved_by, first)[0]
+    loaded = js.comm.run_simulated(loaded_by, second)
+    for state, _ in loaded:
+        assert_equal(saved, state)
+    weights = [[tensor for tensor in later[0] if tensor.ndim == 2] for _, later in loaded]
+    assert all(torch.equal(a, b) for other in weights for a, b in zip(weights[0], other, strict=True))
+    assert not torch.equal(weights[0][0], saved[0][0])
+
+
+def test_another_number_of_ranks_is_refused_where_each_has_probabilities_of_its_own(tmp_path):
+    def run(_):
+        model, optimizer, _ = make(strategy="independent")
+        if not list(tmp_path.glob("step-*")):
+            js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+            return
+        with pytest.raises(CheckpointError, match="was saved by 2 ranks, this job has 3"):
+            js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+
+    js.comm.run_simulated(2, run)
+    with pytest.warns(UserWarning, match="passing over"):
+        js.comm.run_simulated(3, run)
