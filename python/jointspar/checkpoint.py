@@ -175,10 +175,11 @@ def _read(
     """Manifest and tensors of one checkpoint, every byte of it verified."""
     try:
         check_plain(folder / _MANIFEST, _MAX_MANIFEST_BYTES)
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        content = (folder / _MANIFEST).read_bytes()
+        manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
-        if _digest_of(manifest) != manifest["digest"]:
+        if content != _sealed(manifest):
             raise CheckpointError(f"{folder / _MANIFEST}: is damaged (its digest differs)")
         _check_names(folder, manifest)
         if manifest["world_size"] != world_size:
@@ -210,8 +211,7 @@ def _check_names(folder: Path, manifest: dict[str, Any]) -> None:
 def _manifest(folder: Path, world_size: int, step: int, settings: dict[str, Any]) -> bytes:
     manifest = {"format": FORMAT, "world_size": world_size, "step": step, **settings}
     manifest["files"] = {name: sha256(folder / name) for name in _file_names(world_size)}
-    manifest["digest"] = _digest_of(manifest)
-    return json.dumps(manifest, indent=1).encode()
+    return _sealed(manifest)
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -233,9 +233,11 @@ def _refuse_later(directory: Path, final: Path) -> None:
             raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
 
 
-def _digest_of(manifest: dict[str, Any]) -> str:
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The one spelling of a manifest, its own digest at the end: 1e-8 and 1E-8 are the same number, not the same."""
     content = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=1).encode()
 
 
 def _shared_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

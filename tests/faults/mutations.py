@@ -108,7 +108,7 @@ MUTATIONS = (
     Mutation(
         "a manifest's digest is not compared",
         f"{PACKAGE}/checkpoint.py",
-        'if _digest_of(manifest) != manifest["digest"]:',
+        "if content != _sealed(manifest):",
         "if False:",
         "tests/unit/test_checkpoint.py::test_every_single_bit_flip_is_refused",
     ),

@@ -153,6 +153,19 @@ def test_every_single_bit_flip_is_refused(tmp_path):
     js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
 
 
+@pytest.mark.parametrize(
+    ("written", "instead"), [(b"1e-08", b"1E-08"), (b"0.9", b"0.90"), (b'"step": 0', b'"step":  0'), (b"\n}", b"\n }")]
+)
+def test_another_spelling_of_the_same_manifest_is_damage(tmp_path, written, instead):
+    model, optimizer, _ = make()
+    path = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer) / "manifest.json"
+    content = path.read_bytes()
+    assert content.count(written) == 1
+    path.write_bytes(content.replace(written, instead))
+    with pytest.raises(CheckpointError, match="its digest differs"), pytest.warns(UserWarning, match="passing over"):
+        js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+
+
 def test_nothing_there_and_other_models_are_refused_and_change_nothing(tmp_path):
     model, optimizer, _ = make()
     with pytest.raises(CheckpointError, match="no checkpoint"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import jointspar as js
-from jointspar.checkpoint import _digest_of
+from jointspar.checkpoint import _sealed
 from jointspar.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:passing over")
@@ -63,8 +63,7 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manif
     for name in manifest["files"]:
         manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     change(manifest)
-    manifest["digest"] = _digest_of(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(_sealed(manifest))
 
 
 def in_manifest(**values: Any) -> Callable[[Path], None]:
