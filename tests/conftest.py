@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import signal
 from collections.abc import Iterator
@@ -29,21 +30,37 @@ hypothesis.settings.load_profile("jointspar")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files that start jobs of several ranks all go to one worker, since such a job fills the machine."""
+    """Tests that start jobs of several ranks all go to one worker, since such a job fills the machine."""
     if config.getoption("dist") != "load":  # what -n stands for
         return None
     from xdist.scheduler import LoadScopeScheduling
 
     class JobsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "jobs" if _starts_jobs(config.rootpath / nodeid.partition("::")[0]) else nodeid
+            path, _, test = nodeid.partition("::")
+            names = _tests_with_jobs(config.rootpath / path)
+            return "jobs" if names is None or test.partition("[")[0] in names else nodeid
 
     return JobsTogether(config, log)
 
 
 @functools.cache
-def _starts_jobs(path: Path) -> bool:
-    return "pytest.mark.mpi" in path.read_text(encoding="utf-8")
+def _tests_with_jobs(path: Path) -> set[str] | None:
+    """Names of a file's tests with the mark "mpi"; None: all of them. Only a worker knows the marks themselves."""
+
+    def is_marked(node: ast.AST) -> bool:
+        return "pytest.mark.mpi" in ast.unparse(node)
+
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    values = [
+        each.value
+        for each in statements
+        if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "pytestmark"
+    ]
+    if any(map(is_marked, values)):
+        return None
+    functions = [each for each in statements if isinstance(each, ast.FunctionDef)]
+    return {each.name for each in functions if any(map(is_marked, each.decorator_list))}
 
 
 @pytest.fixture(autouse=True)

@@ -133,9 +133,8 @@ def test_under_mpirun_the_flag_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("method", ["sgd", "jointspar-lars"])
-def test_a_dense_and_a_sparse_method_train_as_under_mpirun(tmp_path: Path, method: str) -> None:
-    flags = [*FLAGS, "--method", method, "--exchange", "ring", "--max-steps", "24"]
+def test_a_run_is_that_of_ranks_under_mpirun(tmp_path: Path) -> None:
+    flags = [*FLAGS, "--exchange", "ring", "--max-steps", "24"]
     command = [*jobs.find_launcher("mpirun"), "2", *TRAIN, *flags, "--out", str(tmp_path / "mpi")]
     job = jobs.run_job(command, 100)
     assert job.code == 0, job.output

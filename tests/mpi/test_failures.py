@@ -87,7 +87,13 @@ WHO_DOES_WHAT = {
 }
 
 
-@pytest.mark.parametrize("program", WHO_DOES_WHAT, ids=lambda program: program.__name__)
+# The agreement is the same code on both; what differs is who ends the job.
+LAUNCHED = [("mpirun", program) for program in WHO_DOES_WHAT] + [("torchrun", leave_when_the_others_save)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program"), LAUNCHED, indirect=["launcher"], ids=lambda each: getattr(each, "__name__", each)
+)
 def test_a_rank_that_exits_early_ends_the_job_in_every_phase(run_ranks, tmp_path, program):
     job = run_ranks(2, program, expect_code=None, env={"RESULT": str(tmp_path)})
     text = f"DesyncError: rank 0: the ranks are about to do different things: {WHO_DOES_WHAT[program]}"
@@ -222,6 +228,9 @@ def test_sigterm_on_one_rank_ends_all_in_order_and_the_run_resumes_bit_for_bit(l
     assert len(list((tmp_path / "checkpoint").glob("step-*"))) == 1
     assert stopped.output.count("jointspar train: stopped by a signal after step ") == 2, stopped.output
     assert run_training(launcher, tmp_path, "--resume").code == 0
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path, uninterrupted)]
+    for key in ("train_loss", "test_accuracy", "world_size", "bytes_sent", "active_fraction"):
+        assert summaries[0][key] == summaries[1][key]
     newest = [max((folder / "checkpoint").glob("step-*")) for folder in (tmp_path, uninterrupted)]
     assert newest[0].name == newest[1].name
     for file in ("shared.safetensors", "rank-0.safetensors", "rank-1.safetensors"):
