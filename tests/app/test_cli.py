@@ -11,6 +11,7 @@ import pytest
 
 import jobs
 from jointspar import cli
+from jointspar.training import flags
 from jointspar.training.config import TrainConfig, flag
 from jointspar.training.launch import find_launcher
 
@@ -97,7 +98,7 @@ def test_out_that_holds_a_run_is_refused(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_budget_with_a_dot_is_a_fraction_and_without_a_count() -> None:
-    one, whole = cli._budget("1"), cli._budget("1.0")
+    one, whole = flags._budget("1"), flags._budget("1.0")
     assert (type(one), one) == (int, 1)
     assert (type(whole), whole) == (float, 1.0)
 

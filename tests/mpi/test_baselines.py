@@ -1,7 +1,9 @@
-"""The baselines on several ranks: equal weights, true bytes, and the same sums as among threads."""
+"""The baselines on several ranks: equal weights, true bytes, the sums of threads; and the command line."""
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import jointspar as js
+from jobs import find_launcher, run_job
 from jointspar.errors import CheckpointError, DesyncError
 from jointspar.training.baselines import Gathered, TopK
 from jointspar.training.config import COMPRESSION_FIELDS, COMPRESSORS, METHODS, TrainConfig
@@ -144,3 +148,27 @@ def test_other_settings_are_a_desync_error(run_ranks) -> None:
 @pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)
 def test_checkpoints_resume(run_ranks) -> None:
     run_ranks(2, checkpoints_resume_bit_for_bit_and_need_as_many_ranks)
+
+
+def test_the_command_line_trains_and_resumes_with_topk(tmp_path) -> None:
+    flags = ["--method", "topk", "--compression-ratio", "0.05", "--epochs", "2", "--base-lr", "0.1", "--threads", "1"]
+
+    def run(folder: str, *more: str) -> None:
+        command = [sys.executable, "-m", "jointspar", "train", "--out", str(tmp_path / folder), *flags, *more]
+        job = run_job([*find_launcher("mpirun"), "2", *command], 100)
+        assert job.code == 0, job.output
+
+    run("whole", "--max-steps", "9")
+    run("parts", "--max-steps", "4")
+    run("parts", "--max-steps", "9", "--resume")
+    newest = [max((tmp_path / folder / "checkpoint").glob("step-*")) for folder in ("whole", "parts")]
+    for name in ("shared", "rank-0", "rank-1"):
+        whole, parts = (load_file(folder / f"{name}.safetensors") for folder in newest)
+        assert whole.keys() == parts.keys()
+        different = {key for key in whole if not whole[key].equal(parts[key])}
+        assert different <= {"random_state"}, name  # torch's own, which `jointspar train` neither seeds nor uses
+    memories = [load_file(newest[0] / f"rank-{rank}.safetensors")["exchange.memory"] for rank in (0, 1)]
+    assert not memories[0].equal(memories[1])
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    # headers of 16 words and more travel too
+    assert summary["method"] == "topk" and 0 < summary["bytes_sent"] < 0.2 * summary["bytes_dense"]

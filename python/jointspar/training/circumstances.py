@@ -37,7 +37,7 @@ def _processor() -> str:
 
 def commit() -> str | None:
     """The commit of the checkout that this file is in, with "+" where something was changed; None elsewhere."""
-    root = Path(__file__).resolve().parents[4]
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
     git = ["git", "--no-optional-locks", "-C", str(root)]
