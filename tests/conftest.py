@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("jointspar")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that start jobs of several ranks all go to one worker, since such a job fills the machine."""
+    """One folder's tests that start jobs of several ranks go to one worker, since such a job fills the machine."""
     if config.getoption("dist") != "load":  # what -n stands for
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -39,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path, _, test = nodeid.partition("::")
             names = _tests_with_jobs(config.rootpath / path)
-            return "jobs" if names is None or test.partition("[")[0] in names else nodeid
+            return path.rpartition("/")[0] if names is None or test.partition("[")[0] in names else nodeid
 
     return JobsTogether(config, log)
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import warm_python
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RUN = """
@@ -111,7 +114,7 @@ def try_job(command: list[str], timeout: float, env: dict[str, str] | None = Non
 def find_launcher(name: str) -> list[str]:
     """The command that starts ranks, up to their number; skips the test where there is none."""
     if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
+        return warm_python.command(*["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"])
     path = find_mpirun()
     if find_spec("mpi4py") is None or path is None:
         # `make test` installs an MPI, so there its absence is a failure
@@ -121,12 +124,15 @@ def find_launcher(name: str) -> list[str]:
     return [path, "-n"]
 
 
-def command_on_ranks(launcher: list[str], n: int, programs: list[str]) -> list[str]:
+def command_on_ranks(
+    launcher: list[str], n: int, programs: list[str], python: Sequence[str] = (sys.executable,)
+) -> list[str]:
     """The command that runs each "path:function" on n ranks, one after the other."""
-    return [*launcher, str(n), sys.executable, "-c", _RUN, *programs]
+    return [*launcher, str(n), *python, "-c", _RUN, *programs]
 
 
 def run_on_ranks(
     launcher: list[str], n: int, programs: list[str], timeout: float, env: dict[str, str] | None
 ) -> Finished:
-    return run_job(command_on_ranks(launcher, n, programs), timeout, env)
+    """In interpreters that have torch already; see `warm_python`."""
+    return run_job(command_on_ranks(launcher, n, programs, warm_python.command()), timeout, env)

@@ -131,13 +131,21 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_a_living_run_is_left_
     assert namespaces(kept) == []
 
 
+def carries(hosts: hosts_module.Hosts, gbits: float, **options: bool) -> bool:
+    """Never more; as much unless the processes that measure were kept waiting, hence several tries."""
+    measured = []
+    while len(measured) < 8 and not any(rate > 0.85 * gbits for rate in measured):
+        measured.append(raw.measure(hosts, 2, seconds=0.4, **options))
+    return 0.85 * gbits < max(measured) < 1.15 * gbits
+
+
 @pytest.mark.usefixtures("stands")
 def test_links_carry_the_rate_that_was_asked_for_and_a_later_one() -> None:
     with standing(2, gbits=0.1) as hosts:
-        assert raw.measure(hosts, 2, seconds=0.4) == pytest.approx(0.1, rel=0.15)
+        assert carries(hosts, 0.1)
         hosts.set_rate(0.3)
-        assert raw.measure(hosts, 2, seconds=0.4) == pytest.approx(0.3, rel=0.15)
-        assert raw.measure(hosts, 2, seconds=0.4, one_way=True) == pytest.approx(0.3, rel=0.15)
+        assert carries(hosts, 0.3)
+        assert carries(hosts, 0.3, one_way=True)
 
 
 @pytest.mark.usefixtures("stands")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jobs
+import warm_python
 from jointspar import cli
 from jointspar.training import flags
 from jointspar.training.config import TrainConfig, flag
@@ -155,7 +156,8 @@ def test_under_mpirun_rank_0_speaks_for_all(tmp_path: Path, flags: tuple[str, ..
     launcher = find_launcher()
     if launcher is None:
         pytest.skip("no mpirun")
-    command = [launcher, "-n", "2", sys.executable, "-m", "jointspar", "train", "--out", str(tmp_path / "run"), *flags]
+    train = warm_python.command("-m", "jointspar", "train", "--out", str(tmp_path / "run"), *flags)
+    command = [launcher, "-n", "2", *train]
     job = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
     assert job.returncode == 2, job.stderr
     assert job.stderr.count("jointspar train: --budget") == 1
@@ -165,6 +167,7 @@ def test_under_mpirun_rank_0_speaks_for_all(tmp_path: Path, flags: tuple[str, ..
 @pytest.mark.mpi
 def test_under_torchrun_rank_0_speaks_for_all(tmp_path: Path) -> None:
     flags = ["--out", str(tmp_path / "run"), "--budget", "6"]
-    job = jobs.run_job([*jobs.find_launcher("torchrun"), "2", sys.executable, "-m", "jointspar", "train", *flags], 100)
+    train = warm_python.command("-m", "jointspar", "train", *flags)
+    job = jobs.run_job([*jobs.find_launcher("torchrun"), "2", *train], 100)
     assert job.code == 1, job.output  # torchrun's own, whatever its ranks return
     assert job.output.count("jointspar train: --budget") == 1

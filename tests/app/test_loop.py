@@ -28,6 +28,12 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(newest / "shared.safetensors")
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these trainings; `learned` has its own."""
+    monkeypatch.setattr("jointspar.training.plots.plot_run", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run long enough to learn, with the defaults of the command line except its length."""

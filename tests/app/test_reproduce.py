@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 import jobs
+import warm_python
 from fake_training import reproduce, write_list
 from jointspar.training.reproduce import figures, runs
 
@@ -204,18 +204,17 @@ def test_a_full_disk_ends_it_in_one_line(
 
 @pytest.mark.mpi
 @pytest.mark.slow
-def test_ranks_and_simulated_workers_give_the_same_accuracy(tmp_path: Path) -> None:
+def test_ranks_and_simulated_workers_give_the_same_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.find_launcher("mpirun")  # skips, or fails under `make test`, where there is no MPI
+    monkeypatch.setattr(runs, "train_command", lambda: warm_python.command("-m", "jointspar", "train"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     path = tmp_path / "both.toml"
     path.write_text(
         'title = "Both"\nsettings = { epochs = 2, batch_size = 256, threads = 1, exchange = "allreduce" }\n'
         '[runs]\n"half" = { method = "jointspar-lars", budget = 0.5 }\n'
         '[[experiments]]\nname = "mpi"\nranks = 2\n[[experiments]]\nname = "simulated"\nsimulate_workers = 2\n'
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "jointspar", "reproduce", "--list", str(path), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    assert reproduce(path, tmp_path / "out") == 0
     mpi, simulated = json.loads((tmp_path / "out/results.json").read_text())["experiments"]
     summaries = [experiment["runs"][0]["seeds"][0]["summary"] for experiment in (mpi, simulated)]
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"] > 0.1

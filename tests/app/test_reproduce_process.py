@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import jobs
+import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = 'title = "T"\n[[experiments]]\nname = "one"\nruns = { dense = { method = "lars", epochs = 2 } }\n'
@@ -64,7 +64,7 @@ def start(tmp_path: Path, interruptible: None) -> Iterator[Callable[[], subproce
     def begin() -> subprocess.Popen[str]:
         started.append(
             subprocess.Popen(
-                [sys.executable, "reproduce.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, text=True,
+                warm_python.command("reproduce.py"), cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             )
         )  # fmt: skip
@@ -151,7 +151,7 @@ def test_ranks_have_the_time_that_a_long_step_takes_to_save(tmp_path: Path, inte
         )
     )
     paths = os.pathsep.join([str(ROOT / "python"), str(ROOT)])
-    command = [sys.executable, "-m", "jointspar", "reproduce", "--list", "list.toml", "--out", "out"]
+    command = warm_python.command("-m", "jointspar", "reproduce", "--list", "list.toml", "--out", "out")
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, text=True, stderr=subprocess.PIPE
     )

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import jobs
+import warm_python
 from jointspar import cli
 from jointspar.training import loop
 from jointspar.training.config import TrainConfig
@@ -24,7 +24,7 @@ from jointspar.training.records import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 SHORT: dict[str, Any] = {"batch_size": 32, "epochs": 2, "log_every": 1, "threads": 1}
 FLAGS = ["--batch-size", "32", "--epochs", "2", "--log-every", "1", "--threads", "1"]
-TRAIN = [sys.executable, "-m", "jointspar", "train"]
+TRAIN = ("-m", "jointspar", "train")
 
 
 def checkpoint(folder: Path, rank: int) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_another_number_of_workers_cannot_continue_the_run(tmp_path: Path, capsy
 def test_sigterm_ends_the_run_in_order_and_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     flags = [*FLAGS, "--simulate-workers", "3", "--epochs", "3"]
     stopped = subprocess.Popen(
-        [*TRAIN, *flags, "--out", str(tmp_path / "stopped")],
+        warm_python.command(*TRAIN, *flags, "--out", str(tmp_path / "stopped")),
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])},
         text=True,
         stdout=subprocess.PIPE,
@@ -125,7 +125,8 @@ def test_sigterm_ends_the_run_in_order_and_it_resumes_bit_for_bit(tmp_path: Path
 
 @pytest.mark.mpi
 def test_under_mpirun_the_flag_is_refused(tmp_path: Path) -> None:
-    command = [*jobs.find_launcher("mpirun"), "2", *TRAIN, "--simulate-workers", "4", "--out", str(tmp_path / "run")]
+    train = [*jobs.find_launcher("mpirun"), "2", *warm_python.command(*TRAIN)]
+    command = [*train, "--simulate-workers", "4", "--out", str(tmp_path / "run")]
     job = jobs.run_job(command, 100)
     assert job.code == 2, job.output
     assert job.output.count("--simulate-workers does not act under a launcher, which started 2 ranks") == 1
@@ -135,7 +136,8 @@ def test_under_mpirun_the_flag_is_refused(tmp_path: Path) -> None:
 @pytest.mark.mpi
 def test_a_run_is_that_of_ranks_under_mpirun(tmp_path: Path) -> None:
     flags = [*FLAGS, "--exchange", "ring", "--max-steps", "24"]
-    command = [*jobs.find_launcher("mpirun"), "2", *TRAIN, *flags, "--out", str(tmp_path / "mpi")]
+    train = [*jobs.find_launcher("mpirun"), "2", *warm_python.command(*TRAIN)]
+    command = [*train, *flags, "--out", str(tmp_path / "mpi")]
     job = jobs.run_job(command, 100)
     assert job.code == 0, job.output
     assert cli.main(["train", *flags, "--simulate-workers", "2", "--out", str(tmp_path / "simulated")]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import jointspar as js
+import warm_python
 from jobs import find_launcher, run_job
 from jointspar.errors import CheckpointError, DesyncError
 from jointspar.training.baselines import Gathered, TopK
@@ -154,7 +154,7 @@ def test_the_command_line_trains_and_resumes_with_topk(tmp_path) -> None:
     flags = ["--method", "topk", "--compression-ratio", "0.05", "--epochs", "2", "--base-lr", "0.1", "--threads", "1"]
 
     def run(folder: str, *more: str) -> None:
-        command = [sys.executable, "-m", "jointspar", "train", "--out", str(tmp_path / folder), *flags, *more]
+        command = warm_python.command("-m", "jointspar", "train", "--out", str(tmp_path / folder), *flags, *more)
         job = run_job([*find_launcher("mpirun"), "2", *command], 100)
         assert job.code == 0, job.output
 

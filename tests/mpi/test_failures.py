@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import jointspar as js
+import warm_python
 from jobs import find_launcher, run_job
 from jointspar.comm import watchdog
 from jointspar.errors import DesyncError
@@ -208,7 +209,8 @@ def test_a_flipped_weight_bit_is_found_and_named(run_ranks):
 FLAGS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "32", "--exchange", "ring", "--log-every", "1"]
 
 
-def run_training(launcher, out, *more, program=(sys.executable, "-m", "jointspar", "train")):
+def run_training(launcher, out, *more, program=None):
+    program = program or warm_python.command("-m", "jointspar", "train")
     return run_job([*find_launcher(launcher), "2", *program, *FLAGS, *more, "--out", str(out)], 120)
 
 
