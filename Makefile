@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO_OUT ?= runs/demo
-CPP_BUILD := build/cpp-tests
+BUILD := build/extension
 MPICH_VENV ?= .venv-mpich
 # Tests run two at a time, while jobs of several ranks run one after another; 0: all in one process, as a debugger wants.
 PYTEST_WORKERS ?= 2
@@ -56,7 +56,7 @@ $(VENV)/.stamp-base: constraints.txt
 
 $(VENV)/.stamp-project: $(VENV)/.stamp-base $(BUILD_FILES) $(NATIVE_SOURCES)
 	@echo "== $(VENV): jointspar, compiled and installed editable, with MPI"
-	@JOINTSPAR_BUILD_DIR=$(abspath build/extension) $(PIP) --no-build-isolation -e '.[mpi,train]'
+	@JOINTSPAR_BUILD_DIR=$(abspath $(BUILD)) $(PIP) --no-build-isolation -e '.[mpi,train]'
 	@touch $@
 
 # The project is installed by now, so its extras resolve from it without another build.
@@ -74,12 +74,9 @@ test: test-cpp test-python
 
 test-cpp: $(VENV)/.stamp-project
 	@echo "== C++ tests"
-	@mkdir -p $(CPP_BUILD)
-	@cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_BUILD_EXTENSION=OFF -DJOINTSPAR_CUDA_EXT=0 \
-	    -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python > /dev/null
-	@cmake --build $(CPP_BUILD) -- --quiet
-	@ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error | tail -n +2
+	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON > /dev/null
+	@cmake --build $(BUILD) --target cpp_tests -- --quiet
+	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error | tail -n +2
 
 test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== Python tests"

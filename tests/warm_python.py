@@ -5,8 +5,8 @@ imports both and forks each interpreter that is asked for. What a launcher start
 (-c, -m or a file), environment, folder and open files the fork takes over; signals to the stand-in reach the fork,
 the end of the fork is that of the stand-in, and a stand-in that is killed takes its fork along.
 
-Differs from a fresh interpreter: all ranks hash strings alike, /proc shows the environment of the first process, and
-after the exit handlers the process is gone at once. Tests that are about any of these take `sys.executable`.
+Differs from a fresh interpreter: all ranks hash strings alike, and /proc shows the environment of the first process.
+Tests that are about either, or about the ends of processes, take `sys.executable`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def serve(address: str) -> dict:
 
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     matplotlib.figure.Figure().savefig(io.BytesIO())
-    gc.freeze()
+    gc.freeze()  # makes forks cheap, and their ends
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers leave nothing behind
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -181,28 +181,6 @@ def become(job: dict) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-def run_and_leave(job: dict) -> None:
-    """As `become`, but for the end of the interpreter: to take torch apart would take longer than most jobs."""
-    import atexit
-    import threading
-
-    code: object = None
-    try:
-        become(job)
-    except SystemExit as ended:
-        code = ended.code
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    if not isinstance(code, int | None):
-        print(code, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
-
-
 def _fresh_main() -> dict:
     import types
 
@@ -214,4 +192,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         stand_in(sys.argv[1], sys.argv[2:])
     else:
-        run_and_leave(serve(os.environ["WARM_PYTHON"]))
+        become(serve(os.environ["WARM_PYTHON"]))

@@ -18,7 +18,7 @@ import pytest
 from jointspar import arguments, backends, ops
 from jointspar.backends import on_device
 
-BUILT = Path(__file__).parents[2] / "build" / "cpp-tests" / "tests" / "cpp" / "on_host"
+BUILT = Path(__file__).parents[2] / "build" / "extension" / "tests" / "cpp" / "on_host"
 SIZES = (0, 1, 33, 5000, 4096)
 
 
