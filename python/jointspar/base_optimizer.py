@@ -1,0 +1,360 @@
+"""The pipeline of a JointSpar iteration as a torch optimizer: what JointSparLARS and JointSparSGD share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from numbers import Real
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from jointspar import comm as comm_module
+from jointspar.comm.heads import Op, Wish
+from jointspar.comm.transport import Transport
+from jointspar.errors import JointSparError
+from jointspar.pipeline import Exchanged, Pipeline
+from jointspar.replicas import broadcast_parameters
+from jointspar.step.exchange import Costs, CustomExchange
+from jointspar.step.layers import Layer, group_layers, named_groups
+from jointspar.step.sampling import Sampling
+from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
+from jointspar.survivors import go_on_without
+from jointspar.telemetry import Stats, weight_grad_flops
+
+INACTIVE = ("skip", "decay")
+Batch = TypeVar("Batch")
+_NO_BATCH: Any = object()
+
+
+class JointSparOptimizer(torch.optim.Optimizer):
+    """A subclass names its hyperparameters and its update; see `jointspar.JointSparLARS`."""
+
+    _step_supports_amp_scaling = True
+    _hyper_names: tuple[str, ...]
+    _update_type: type[LarsUpdate] | type[SgdUpdate]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        inactive: str,
+        sampling: Sampling | None,
+        comm: Transport | None,
+        wire_dtype: torch.dtype | str | None,
+        exchange: str | CustomExchange,
+        check_every: int,
+    ) -> None:
+        if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
+            raise ValueError(f"check_every: {check_every!r} is not a number of steps, or 0 for never")
+        if not isinstance(inactive, str) or inactive not in INACTIVE:
+            raise ValueError(f"inactive: {inactive!r} is not one of {', '.join(INACTIVE)}")
+        sampling = sampling if sampling is not None else Sampling()
+        _check_kind("sampling", sampling, "a jointspar.Sampling", isinstance(sampling, Sampling))
+        _check_kind("comm", comm, "a transport of jointspar.comm", comm is None or hasattr(comm, "start_headers"))
+        is_exchange = isinstance(exchange, str) or (callable(exchange) and hasattr(exchange, "agreed"))
+        _check_kind("exchange", exchange, "a name or a CustomExchange", is_exchange)
+        groups, named = named_groups(params)
+        layers = group_layers(named, sampling.grouping)
+        sampling.constraints(layers.num_layers)
+        self._is_built = False
+        super().__init__(groups, defaults)
+        self._is_built = True
+        self._parameters = layers.parameters
+        self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
+        self._hyper.check()
+        self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
+        self._update = self._update_type(self._parameters, self._momenta)
+        self._exchanged: Exchanged | None = None
+        self._make_pipeline = partial(
+            Pipeline,
+            layers,
+            sampling,
+            optimizer_name=type(self).__name__,
+            inactive=inactive,
+            wire_dtype=wire_dtype,
+            exchange=exchange,
+            check_every=check_every,
+        )
+        self._pipeline = self._make_pipeline(comm if comm is not None else comm_module.world())
+        broadcast_parameters(self.comm, self._parameters)
+
+    def _new_momentum(self, parameter: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        momentum = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        self.state[parameter]["momentum_buffer"] = momentum
+        return momentum
+
+    # What users look at ------------------------------------------------------------------------------------------
+
+    @property
+    def comm(self) -> Transport:
+        """The transport of the ranks."""
+        return self._pipeline.comm
+
+    @property
+    def sampling(self) -> Sampling:
+        """How layers are drawn."""
+        return self._pipeline.sampling
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The sampled layers, in the order of `active` and `probabilities`."""
+        return self._pipeline.layers.sampled
+
+    @property
+    def active(self) -> torch.Tensor:
+        """bool [num_layers]: the layers that this rank computes in the step under way."""
+        return torch.from_numpy(self._pipeline.active.copy())
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """float64 [num_layers]: of the next draw (rank-local with strategy="independent"); 0 for frozen layers."""
+        return torch.from_numpy(self._pipeline.distribution.probabilities.copy())
+
+    @property
+    def stats(self) -> Stats:
+        """Bytes, active layers and times, of the last step and in total."""
+        return self._pipeline.stats
+
+    @property
+    def exchange_costs(self) -> Costs | None:
+        """What exchange="auto" measured at construction, in seconds; None where there was no choice.
+
+        `stats.exchange` says what the last step took.
+        """
+        return self._pipeline.chooser.costs
+
+    @property
+    def mean_grads(self) -> Mapping[str, torch.Tensor]:
+        """The exchanged gradients by parameter name, between `synchronize()` and `step()`.
+
+        Views of the packed buffer, in its dtype: writing them changes what `step()` applies. Layers that no rank
+        computed are absent.
+        """
+        if self._exchanged is None:
+            raise JointSparError("mean_grads exist between synchronize() and step()")
+        return self._pipeline.packer.unpack_views(self._exchanged.layout, self._exchanged.mean_grad)
+
+    # One iteration -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
+        """Exchange the gradients of active layers, update, and draw the layers of the next iteration.
+
+        Collective: every rank calls it equally often. `.grad` stays as backward left it. A step whose mean gradient
+        holds a NaN or infinity is skipped on all ranks alike; 50 of those in a row raise JointSparError.
+
+        Args:
+            closure: evaluated once, before the exchange; its result is returned.
+            max_norm: clip the mean gradient to this total norm.
+
+        Raises: DesyncError where ranks disagree, CollectiveTimeout where one does not come.
+        """
+        _check_kind("closure", closure, "a function", closure is None or callable(closure))
+        if max_norm is not None and self._exchanged is not None:
+            raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
+        if closure is not None and self._exchanged is not None:
+            raise ValueError("closure: the gradients were exchanged already; call step() without it")
+        if getattr(self, "grad_scale", None) is not None and self._exchanged is not None:
+            raise JointSparError(
+                "scaled gradients were exchanged: call scaler.unscale_(optimizer) before synchronize()"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._exchanged is None:
+            self._exchange_gradients(max_norm)
+        else:  # on every rank, whichever of them looked at mean_grads
+            self._pipeline.agree_on_changes(self._exchanged, self._hyper)
+        exchanged, self._exchanged = self._exchanged, None
+        assert exchanged is not None
+        self._pipeline.apply(exchanged, self._update, self._hyper)
+        self._pipeline.finish_step(exchanged)
+        return loss
+
+    @torch.no_grad()
+    def synchronize(self, *, max_norm: float | None = None) -> None:
+        """Exchange the gradients now, so that `mean_grads` can be looked at or changed before `step()`.
+
+        Collective. max_norm: as in `step`. With a GradScaler call its `unscale_` first. Change mean_grads alike on all
+        ranks.
+        """
+        if self._exchanged is not None:
+            raise JointSparError("synchronize() was called twice without a step() between")
+        self._exchange_gradients(max_norm, is_looked_at=True)
+
+    def count_flops(self, model: torch.nn.Module, *inputs: Any) -> None:
+        """Run one forward to learn what each layer's weight gradient costs; `stats` then counts what was skipped."""
+        self._pipeline.flops = weight_grad_flops(
+            model, [[self._parameters[index] for index in layer.parameters] for layer in self.layers], *inputs
+        )
+
+    def release(self) -> None:
+        """Give `requires_grad` of all parameters back as it was found (or as the user set it since)."""
+        self._pipeline.backward.release()
+
+    def set_trainable(self, parameters: Iterable[torch.Tensor], trainable: bool) -> None:
+        """Freeze or thaw parameters in mid-training, on all ranks alike.
+
+        Frozen ones are left alone from now on, thawed ones train from the next iteration on. Setting `requires_grad`
+        directly is honoured too where it is visible; but a layer that is inactive at that moment has the flag off
+        already, on this rank or another, so prefer this call.
+        """
+        position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
+        _check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
+        _check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
+        chosen = list(parameters)
+        if any(id(parameter) not in position_of for parameter in chosen):
+            raise ValueError("parameters: not all of them belong to this optimizer")
+        self._pipeline.backward.set_trainable([position_of[id(parameter)] for parameter in chosen], trainable)
+
+    def even_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate over this rank's batches until the first rank has no more; all ranks then end after the same step.
+
+        Collective, with a `step()` after each batch (or after several, as long as one follows the last). One agreement
+        at the start, none later: a step's header says whether the rank has just used its last batch. Batches are
+        therefore fetched one ahead, and what longer loaders hold beyond the shortest is left out.
+
+        Raises: JointSparError where no step followed the last batch, DesyncError where ranks differ in their calls.
+        """
+        is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        _check_kind("batches", batches, "something to iterate over", is_iterable)
+        agreement, iterator = self._pipeline.agreement, iter(batches)
+        following = next(iterator, _NO_BATCH)
+        agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
+        self.meet(Op.BATCHES)
+        while not agreement.is_wished(Wish.LAST_BATCH):
+            if following is _NO_BATCH:
+                raise JointSparError("even_batches: no step() followed this rank's last batch")
+            batch, following = following, next(iterator, _NO_BATCH)
+            agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
+            yield batch
+
+    def request_stop(self) -> None:
+        """Make `stop_requested` true on all ranks after their next step. Any rank may call it, signal handlers too."""
+        self._pipeline.agreement.wish(Wish.STOP)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any rank had called `request_stop` when the last step was agreed on; the same on all ranks."""
+        return self._pipeline.agreement.is_wished(Wish.STOP)
+
+    @property
+    def is_rank_local(self) -> bool:
+        """Whether each rank's state differs beyond repair, so that a checkpoint needs as many ranks to continue."""
+        return self._pipeline.is_rank_local
+
+    def meet(self, op: Op, detail: int = 0) -> None:
+        """Wait for all ranks to come to `op` in this step. Raises DesyncError where one does something else."""
+        if self._exchanged is not None:
+            raise JointSparError(f"{op.name.lower()}: not between synchronize() and step()")
+        self._pipeline.agreement.go(op, step=self._pipeline.step_count, hyper_hash=detail)
+
+    def finish(self) -> None:
+        """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
+        self._pipeline.agreement.finish()
+
+    def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
+        _check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"max_norm: {max_norm} is not above 0")
+        self._exchanged = self._pipeline.exchange_gradients(
+            self._hyper,
+            grad_scale=_as_float(getattr(self, "grad_scale", None), 1.0),
+            found_inf=_as_float(getattr(self, "found_inf", None), 0.0),
+            max_norm=max_norm,
+            is_looked_at=is_looked_at,
+        )
+
+    @torch.no_grad()
+    def shrink(self) -> int:
+        """After RanksLost: go on with the ranks that are left, from the last step that any of them completed.
+
+        Collective among them; again where it raises RanksLost itself. For a transport of
+        `jointspar.comm.mpi(on_failure="shrink")`. Weights, momenta and what the ranks share of the distribution become
+        those of a rank that is furthest; means are over the ranks that are left. Gradients of a step under way are
+        void: call `zero_grad` and compute them anew. Rates are not scaled to the smaller world.
+
+        Returns: the number of steps made, from which all go on; an lr scheduler of this rank may be one behind.
+        Raises: JointSparError where the transport cannot shrink, or the exchange is a CustomExchange.
+        """
+        self._exchanged = None
+        self._pipeline, self._update = go_on_without(
+            self._pipeline, self._make_pipeline, self._parameters, self._momenta, self._update_type
+        )
+        return self._pipeline.step_count
+
+    # State -------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Parameter groups are fixed at construction: the ranks agreed on the layers then."""
+        if self._is_built:
+            raise JointSparError("parameters cannot be added later: build a new optimizer")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any torch optimizer's, with what JointSpar adds under "jointspar".
+
+        Rank-local: with strategy="independent" every rank has its own probabilities.
+        """
+        own = self._pipeline.state_dict() | {"update": self._update.state_dict()}
+        return super().state_dict() | {"jointspar": own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()`, exactly, once the weights are loaded. Collective: every rank loads its own.
+
+        Raises ValueError for a state of other parameters or layers; nothing was changed then.
+        """
+        self.check_state_dict(state_dict)
+        loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
+        super().load_state_dict(state_dict)
+        for parameter, momentum, value in zip(self._parameters, self._momenta, loaded, strict=True):
+            momentum.copy_(value)  # torch would have cast it to the parameter's dtype
+            self.state[parameter]["momentum_buffer"] = momentum
+        self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
+        self._update = self._update_type(self._parameters, self._momenta)
+        self._exchanged = None
+        own = state_dict["jointspar"]
+        self._update.load_state_dict(own.get("update", {}))
+        self._pipeline.load_state_dict(own, also_agreed=list(self._update.state_dict().values()))
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a state that is not of this optimizer, its parameters, groups or layers."""
+        _check_kind("state_dict", state_dict, "a dict", isinstance(state_dict, dict))
+        try:
+            self._check_state_dict(state_dict)
+        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"state_dict: is malformed ({type(error).__name__}: {error})") from error
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = state_dict.get("jointspar")
+        if own is None:
+            raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
+        self._pipeline.check_state(own)
+        self._update.check_state(own.get("update", {}))
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        if [group["params"] for group in groups] != self._numbers_by_group():
+            raise ValueError("state_dict: its parameter groups are of other sizes")
+        for index, parameter in enumerate(self._parameters):
+            momentum = state.get(index, {}).get("momentum_buffer")
+            if momentum is None or momentum.shape != parameter.shape:
+                raise ValueError(f"state_dict: has no momentum_buffer of the shape of parameter {index}")
+        check_hyperparameters(groups, self._hyper_names)
+
+    def _numbers_by_group(self) -> list[list[int]]:
+        """What stands for the parameters in a state."""
+        return [group["params"] for group in super().state_dict()["param_groups"]]
+
+
+def _as_float(value: Any, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _check_kind(name: str, value: object, expected: str, is_right: bool) -> None:
+    if not is_right:
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
