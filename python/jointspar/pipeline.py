@@ -77,7 +77,7 @@ class Pipeline:
         settings["device"] = layers.parameters[0].device.type
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
-        self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers())
+        self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers(), comm.world_size)
         self.active = np.zeros(layers.num_layers, dtype=bool)
         self.drawn = self.distribution.probabilities  # float64 [num_layers], what `active` was drawn from
         self.step_count = 0

@@ -45,7 +45,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_defaults_learn_the_digits(learned: Path) -> None:
     summary = json.loads((learned / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.9
-    assert summary["train_loss"] < 0.3
+    assert summary["train_loss"] < 0.4
 
 
 def test_summary_has_the_promised_fields(learned: Path) -> None:

@@ -17,6 +17,16 @@ def test_p_min_defaults_as_documented():
     assert Sampling(budget=0.125).constraints(64)[1] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize(
+    ("budget", "world_size", "p_min"), [(0.5, 2, 0.5), (0.5, 8, 0.125), (0.5, 16, 0.1), (0.25, 2, 0.1)]
+)
+def test_by_default_some_rank_computes_each_layer_where_the_budget_allows_it(budget, world_size, p_min):
+    """A stratified draw gives a layer to floor or ceil of world_size * p ranks, so to one at least from 1 on."""
+    assert Sampling(budget=budget).constraints(60, world_size=world_size)[1] == p_min
+    independent = Sampling(budget=budget, strategy="independent")
+    assert independent.constraints(60, world_size=world_size)[1] == 0.1
+
+
 def test_frozen_layers_stand_outside_a_fraction():
     assert Sampling(budget=0.5).constraints(60, num_frozen=20)[0] == 20.0
     assert Sampling(budget=50).constraints(60, num_frozen=20)[0] == 40.0

@@ -21,10 +21,11 @@ class LayerDistribution:
         sampling: any object with the fields of `Sampling`.
         num_layers: D.
         eligible: bool [num_layers], layers that may be drawn.
+        world_size: number of ranks.
     """
 
-    def __init__(self, sampling: Any, num_layers: int, eligible: np.ndarray) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Any, num_layers: int, eligible: np.ndarray, world_size: int = 1) -> None:
+        self._sampling, self._world_size = sampling, world_size
         self.eligible = eligible.copy()
         self.gradient_bound = 0.0
         self.norm_ema = np.zeros(num_layers)
@@ -111,7 +112,9 @@ class LayerDistribution:
 
     def _set_constraints(self) -> None:
         num_frozen = int((~self.eligible).sum())
-        self._budget, self._p_min = self._sampling.constraints(self.eligible.size, num_frozen)
+        self._budget, self._p_min = self._sampling.constraints(
+            self.eligible.size, num_frozen, world_size=self._world_size
+        )
 
     def _update_by_bandit(
         self, squared_norms: np.ndarray, seen: np.ndarray, drawn_probabilities: np.ndarray, chance: np.ndarray

@@ -19,7 +19,8 @@ class Sampling:
 
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
-        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5). Prefer p_min >= 1 / world_size.
+        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with strategy="stratified" at least
+            1 / world_size where the budget allows it, so that some rank computes each layer in every step.
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time) or "bernoulli" (the paper: layers independent).
@@ -92,7 +93,7 @@ class Sampling:
         )
         return cls(budget=budget, **(choices | overrides))
 
-    def constraints(self, num_layers: int, num_frozen: int = 0) -> tuple[float, float]:
+    def constraints(self, num_layers: int, num_frozen: int = 0, *, world_size: int = 1) -> tuple[float, float]:
         """(budget as a number of layers, p_min) for `num_layers` of which some are frozen and cannot be drawn.
 
         Raises ValueError for a count above num_layers, or a p_min above the budget's share a layer.
@@ -105,10 +106,15 @@ class Sampling:
         expected = self.budget * drawable if isinstance(self.budget, float) else float(min(self.budget, drawable))
         share = expected / drawable
         if self.p_min is None:
-            return expected, min(0.1, share / 2.5)
+            return expected, self._default_p_min(share, world_size)
         if self.p_min > share * (1.0 + 1e-9) and not num_frozen:
             raise ValueError(f"p_min: {self.p_min} is more than the budget's share of {share:.4g} a layer")
         return expected, min(self.p_min, share)
+
+    def _default_p_min(self, share: float, world_size: int) -> float:
+        """A layer that nobody computes stands still, and the rarer one is computed the more 1/p amplifies its noise."""
+        by_some_rank = 1.0 / world_size if self.strategy == "stratified" else 0.0
+        return max(min(0.1, share / 2.5), by_some_rank if by_some_rank <= share else 0.0)
 
 
 def probabilities_to_draw(probabilities: np.ndarray, sampling: Sampling, step: int) -> np.ndarray:

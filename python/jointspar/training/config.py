@@ -29,9 +29,9 @@ class ImageSizes(NamedTuple):
 
 METHODS = {
     "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.1),
-    "lars": Method(is_layerwise=True, is_sparse=False, base_lr=1.0),
+    "lars": Method(is_layerwise=True, is_sparse=False, base_lr=0.4),
     "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.05),
-    "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=1.0),
+    "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=0.4),
 }
 COMPRESSORS = ("randomk", "topk", "signsgd", "qsgd", "terngrad", "powersgd")
 for _name in COMPRESSORS:  # to compare with: dense gradients, compressed on their way

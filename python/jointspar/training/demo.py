@@ -18,7 +18,20 @@ from jointspar.training.plots import plot_comparison
 from jointspar.training.records import METRICS_FILE, SUMMARY_FILE, read_metrics, remove_run, text_table
 
 _RANKS = 2
-_COMMON = ("--dataset", "digits", "--model", "lenet5", "--epochs", "20", "--batch-size", "64", "--seed", "0")
+_COMMON = (
+    "--dataset",
+    "digits",
+    "--model",
+    "lenet5",
+    "--epochs",
+    "20",
+    "--batch-size",
+    "64",
+    "--base-lr",
+    "1.0",
+    "--seed",
+    "0",
+)
 _RUNS = {"lars": ("--method", "lars"), "jointspar-lars": ("--method", "jointspar-lars", "--budget", "0.5")}
 _COLUMNS = ("run", "test accuracy", "train loss", "seconds", "MB sent per rank", "active layers")
 
