@@ -58,7 +58,8 @@ def layers(numbers: Numbers, comm: Transport) -> str:
 
 def probabilities(numbers: Numbers, comm: Transport) -> str:
     model = build_model()
-    optimizer = build_optimizer(model, sampling=js.Sampling(strategy=numbers.choice(["shared", "stratified"])))
+    sampling = js.Sampling(strategy=numbers.choice(["shared", "stratified"]), p_min=0.1)  # leaves room to learn
+    optimizer = build_optimizer(model, sampling=sampling)
     faulty, layer = numbers.randrange(comm.world_size), numbers.randrange(NUM_LAYERS)
 
     def train() -> None:

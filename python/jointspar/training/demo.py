@@ -32,7 +32,11 @@ _COMMON = (
     "--seed",
     "0",
 )
-_RUNS = {"lars": ("--method", "lars"), "jointspar-lars": ("--method", "jointspar-lars", "--budget", "0.5")}
+_RUNS = {
+    "lars": ("--method", "lars"),
+    # The allreduce that `auto` takes for so small a model on one machine also carries zeros for what a rank left out.
+    "jointspar-lars": ("--method", "jointspar-lars", "--budget", "0.5", "--exchange", "two_shot"),
+}
 _COLUMNS = ("run", "test accuracy", "train loss", "seconds", "MB sent per rank", "active layers")
 
 
