@@ -2,8 +2,8 @@
 
 torch, with the compiler that its first optimizer imports, costs every process some 3 s of a core. Here one process
 imports both and forks each interpreter that is asked for. What a launcher starts is a small stand-in, whose arguments
-(-c, -m or a file), environment, folder and open files the fork takes over; signals to the stand-in reach the fork,
-the end of the fork is that of the stand-in, and a stand-in that is killed takes its fork along.
+(-c, -m or a file), environment, folder, open files and ignored signals the fork takes over; signals to the stand-in
+reach the fork, the end of the fork is that of the stand-in, and a stand-in that is killed takes its fork along.
 
 Differs from a fresh interpreter: all ranks hash strings alike, and /proc shows the environment of the first process.
 Tests that are about either, or about the ends of processes, take `sys.executable`.
@@ -62,12 +62,13 @@ def stand_in(address: str, arguments: list[str]) -> None:
     """Has the server fork, and lives and ends as the fork does."""
     files = [int(name) for name in os.listdir("/proc/self/fd")]
     files = [number for number in files if number <= 2 or _is_inherited(number)]
+    ignored = [number for number in _FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         for number in _FORWARDED:
             signal.signal(number, lambda number, _: connection.send(bytes([number])))
-        job = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "files": files}
-        text = json.dumps(job).encode()
+        job = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+        text = json.dumps(job | {"files": files, "ignored": ignored}).encode()
         socket.send_fds(connection, [_LENGTH.pack(len(text))], files)
         connection.sendall(text)
         status = _STATUS.unpack(_receive(connection, _STATUS.size))[0]
@@ -164,6 +165,9 @@ def become(job: dict) -> None:
     """Run the job's program as `python` would."""
     import runpy
 
+    for number in _FORWARDED:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in job["ignored"] else default)
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])

@@ -85,6 +85,17 @@ def test_inherited_files_keep_their_numbers() -> None:
     os.close(read)
 
 
+@pytest.mark.parametrize("ignored", ["", "INT", "HUP TERM"])
+def test_ignored_signals_are_those_of_the_stand_in(ignored: str) -> None:
+    """nohup, and a shell that starts something in the background, have signals ignored."""
+    names = "SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1"
+    code = f"import signal; print([repr(signal.getsignal(getattr(signal, name))) for name in {names}])"
+    shell = ["sh", "-c", (f"trap '' {ignored}; " if ignored else "") + 'exec "$@"', "sh"]
+    fresh, warm = (run([*shell, *python("-c", code)]) for python in (FRESH, WARM))
+    assert fresh == warm
+    assert fresh[0] == 0 and fresh[1].count("SIG_IGN") >= len(ignored.split())
+
+
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 
