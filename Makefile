@@ -4,7 +4,7 @@ VENV   ?= .venv
 DEMO_OUT ?= runs/demo
 BUILD := build/extension
 MPICH_VENV ?= .venv-mpich
-# Tests run two at a time, while jobs of several ranks run one after another; 0: all in one process, as a debugger wants.
+# Tests run two at a time, but one folder's jobs of several ranks do not; 0: all in one process, as a debugger wants.
 PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 SANITIZE_BUILD := build/sanitize
@@ -74,7 +74,7 @@ test: test-cpp test-python
 
 test-cpp: $(VENV)/.stamp-project
 	@echo "== C++ tests"
-	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON > /dev/null
+	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python > /dev/null
 	@cmake --build $(BUILD) --target cpp_tests -- --quiet
 	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error | tail -n +2
 

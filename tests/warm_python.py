@@ -5,8 +5,10 @@ imports both and forks each interpreter that is asked for. What a launcher start
 (-c, -m or a file), environment, folder, open files and ignored signals the fork takes over; signals to the stand-in
 reach the fork, the end of the fork is that of the stand-in, and a stand-in that is killed takes its fork along.
 
+multiprocessing's fork server serves its own parent only; these are started by mpirun and torchrun.
+
 Differs from a fresh interpreter: all ranks hash strings alike, and /proc shows the environment of the first process.
-Tests that are about either, or about the ends of processes, take `sys.executable`.
+Tests that are about either take `sys.executable`, and so do the fault campaign and the losses of ranks.
 """
 
 from __future__ import annotations

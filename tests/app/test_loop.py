@@ -22,6 +22,8 @@ from jointspar.training.setup import SetupError
 
 SHORT: dict[str, Any] = {"batch_size": 128, "epochs": 2, "base_lr": 0.5, "log_every": 4, "threads": 1}
 
+EPOCHS = 20  # of the run that learns
+
 
 def weights(folder: Path) -> dict[str, Any]:
     newest = max((folder / "checkpoint").glob("step-*"))
@@ -38,14 +40,14 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run long enough to learn, with the defaults of the command line except its length."""
     folder = tmp_path_factory.mktemp("learned")
-    train(TrainConfig(out=folder, epochs=12, threads=1))
+    train(TrainConfig(out=folder, epochs=EPOCHS, threads=1))
     return folder
 
 
 def test_defaults_learn_the_digits(learned: Path) -> None:
     summary = json.loads((learned / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.9
-    assert summary["train_loss"] < 0.4
+    assert summary["train_loss"] < 0.3
 
 
 def test_summary_has_the_promised_fields(learned: Path) -> None:
@@ -56,15 +58,15 @@ def test_summary_has_the_promised_fields(learned: Path) -> None:
     } <= set(summary)  # fmt: skip
     assert (summary["method"], summary["world_size"], summary["seed"]) == ("jointspar-lars", 1, 0)
     assert summary["layers"] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
-    assert summary["steps"] == 12 * (1437 // 64)
+    assert summary["steps"] == EPOCHS * (1437 // 64)
     assert summary["active_fraction"] == pytest.approx(0.5, abs=0.03)
 
 
 def test_metrics_have_a_line_per_epoch_and_logged_step(learned: Path) -> None:
     lines = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    assert [line["epoch"] for line in epochs] == list(range(1, 13))
-    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(10, 12 * 22 + 1, 10))
+    assert [line["epoch"] for line in epochs] == list(range(1, EPOCHS + 1))
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(10, EPOCHS * 22 + 1, 10))
     assert {"train_loss", "test_accuracy", "lr", "seconds", "bytes_sent", "active_fraction"} <= set(epochs[0])
     assert {"forward", "backward", "pack", "exchange", "update"} <= set(epochs[0]["phase_ms"])
     assert all(len(line["probabilities"]) == 5 for line in lines)

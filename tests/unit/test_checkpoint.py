@@ -273,8 +273,7 @@ def test_another_number_of_ranks_goes_on_from_what_rank_0_had(tmp_path, strategy
     def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        # The default of p_min depends on the number of ranks.
-        sampling = js.Sampling(strategy=strategy, distribution="bandit", lag=1, p_min=0.1)
+        sampling = js.Sampling(strategy=strategy, distribution="bandit", lag=1)
         return model, js.JointSparLARS(model.named_parameters(), sampling=sampling, check_every=1)
 
     def go_on(model, optimizer, steps):

@@ -23,8 +23,8 @@ def test_p_min_defaults_as_documented():
 def test_by_default_some_rank_computes_each_layer_where_the_budget_allows_it(budget, world_size, p_min):
     """A stratified draw gives a layer to floor or ceil of world_size * p ranks, so to one at least from 1 on."""
     assert Sampling(budget=budget).constraints(60, world_size=world_size)[1] == p_min
-    independent = Sampling(budget=budget, strategy="independent")
-    assert independent.constraints(60, world_size=world_size)[1] == 0.1
+    for other in ({"strategy": "independent"}, {"strategy": "shared"}, {"distribution": "bandit"}):
+        assert Sampling(budget=budget, **other).constraints(60, world_size=world_size)[1] == 0.1
 
 
 def test_frozen_layers_stand_outside_a_fraction():

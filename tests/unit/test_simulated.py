@@ -77,6 +77,30 @@ def test_optimizers_compute_what_the_formulas_say():
     run_simulated(3, use)
 
 
+@pytest.mark.parametrize(("world_size", "settings", "is_ever_idle"), [
+    (4, {}, False),
+    (4, {"p_min": 0.1}, True),
+    (2, {}, False),
+])  # fmt: skip
+def test_by_default_no_layer_stands_still(world_size, settings, is_ever_idle):
+    """Though the first of them has nearly all of the gradient's norm."""
+
+    def use(transport):
+        torch.manual_seed(0)
+        layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+        optimizer = js.JointSparSGD(layers.named_parameters(), lr=0.0, sampling=js.Sampling(budget=0.5, **settings))
+        active = []
+        for _ in range(60):
+            active.append(optimizer.active)
+            for position, parameter in enumerate(layers.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.01 if position > 5 else 1.0)
+            optimizer.step()
+        return torch.stack(active)
+
+    computed_by = sum(active.long() for active in run_simulated(world_size, use))
+    assert (computed_by == 0).any() == is_ever_idle
+
+
 def test_ranks_that_differ_get_desync_error_on_both(capsys):
     training = functions_of("test_training.py")
     differences = training["DIFFERENCES"]

@@ -19,8 +19,9 @@ class Sampling:
 
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
-        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with strategy="stratified" at least
-            1 / world_size where the budget allows it, so that some rank computes each layer in every step.
+        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with strategy="stratified" and
+            distribution="norm" at least 1 / world_size where the budget allows it, so that some rank computes each
+            layer in every step. On two ranks at budget 0.5 that leaves nothing to learn: all layers have 0.5.
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time) or "bernoulli" (the paper: layers independent).
@@ -113,8 +114,9 @@ class Sampling:
 
     def _default_p_min(self, share: float, world_size: int) -> float:
         """A layer that nobody computes stands still, and the rarer one is computed the more 1/p amplifies its noise."""
-        by_some_rank = 1.0 / world_size if self.strategy == "stratified" else 0.0
-        return max(min(0.1, share / 2.5), by_some_rank if by_some_rank <= share else 0.0)
+        low, by_some_rank = min(0.1, share / 2.5), 1.0 / world_size
+        is_chosen = self.strategy == "stratified" and self.distribution == "norm"
+        return max(low, by_some_rank) if is_chosen and by_some_rank <= share else low
 
 
 def probabilities_to_draw(probabilities: np.ndarray, sampling: Sampling, step: int) -> np.ndarray:
