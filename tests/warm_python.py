@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 _LENGTH = struct.Struct("=q")
@@ -148,7 +149,9 @@ def _keep(connection: socket.socket) -> dict:
         if not signals:
             os.waitpid(process, 0)
             os._exit(1)
-    connection.sendall(_STATUS.pack(os.waitpid(process, 0)[1]))
+    status = os.waitpid(process, 0)[1]
+    with suppress(BrokenPipeError):  # a launcher killed the stand-in meanwhile
+        connection.sendall(_STATUS.pack(status))
     os._exit(0)
 
 
