@@ -1,5 +1,6 @@
-"""Simulated ranks give what the ranks of an MPI job give: every strategy, method and exchange, on the same seeds."""
+"""Simulated ranks give what the ranks of an MPI job give: every strategy, exchange and --method, on the same seeds."""
 
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -11,11 +12,13 @@ from torch import nn
 
 import jointspar as js
 from jobs import find_launcher, run_on_ranks
+from jointspar.training.config import METHODS, TrainConfig
+from jointspar.training.setup import make_optimizer
 
 pytestmark = pytest.mark.mpi
 
 NUM_STEPS = 30
-METHODS = {"sgd": (js.JointSparSGD, dict(lr=0.05)), "lars": (js.JointSparLARS, dict(lr=0.5, trust_coefficient=0.02))}
+OPTIMIZERS = {"sgd": (js.JointSparSGD, dict(lr=0.05)), "lars": (js.JointSparLARS, dict(lr=0.5, trust_coefficient=0.02))}
 SAMPLINGS = {
     "dense": js.Sampling(budget=1.0, strategy="shared", distribution="uniform"),
     "independent": js.Sampling(strategy="independent", distribution="bandit", bandit_lr=0.3),
@@ -24,24 +27,34 @@ SAMPLINGS = {
     "stratified one step later": js.Sampling(strategy="stratified", lag=1),
 }
 WIRES = {"allreduce": None, "ring": "bfloat16", "two_shot": None}  # by exchange
-CASES = list(itertools.product(METHODS, SAMPLINGS, WIRES))
 
 
-def train(method, sampling, exchange):
+def optimizer_of_api(kind, sampling, exchange, model):
+    optimizer, settings = OPTIMIZERS[kind]
+    given = dict(sampling=SAMPLINGS[sampling], exchange=exchange, wire_dtype=WIRES[exchange], check_every=10)
+    return optimizer(model.named_parameters(), **given, **settings)
+
+
+def optimizer_of_method(method, model):
+    """As `jointspar train --method` makes it; which sums were chosen by time might differ in their last bits."""
+    lr = 0.1 if METHODS[method].is_layerwise else 0.02
+    exchange = None if METHODS[method].compressor else "ring"
+    config = TrainConfig(out=Path("unused"), method=method, lr=lr, exchange=exchange, seed=5)
+    return make_optimizer(config, model, js.comm.world(), steps_per_epoch=NUM_STEPS)
+
+
+CASES = {
+    ", ".join(case): functools.partial(optimizer_of_api, *case)
+    for case in itertools.product(OPTIMIZERS, SAMPLINGS, WIRES)
+} | {f"--method {method}": functools.partial(optimizer_of_method, method) for method in METHODS}
+
+
+def train(case):
     """Weights, probabilities and bytes sent after 30 steps on `js.comm.world()`: one float64 row."""
-    comm = js.comm.world()
-    torch.manual_seed(comm.rank)  # rank 0's weights go to all
+    torch.manual_seed(js.comm.world().rank)  # rank 0's weights go to all
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
     model.append(nn.Linear(8, 3))
-    kind, settings = METHODS[method]
-    optimizer = kind(
-        model.named_parameters(),
-        sampling=SAMPLINGS[sampling],
-        exchange=exchange,
-        wire_dtype=WIRES[exchange],
-        check_every=10,
-        **settings,
-    )
+    optimizer = CASES[case](model)
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(torch.randn(12, 6)), torch.randint(0, 3, (12,))).backward()
@@ -53,7 +66,7 @@ def train(method, sampling, exchange):
 
 
 def train_every_case():
-    rows = [train(*case) for case in CASES]
+    rows = [train(case) for case in CASES]
     np.save(Path(os.environ["RESULT"]) / f"{js.comm.world().rank}.npy", np.stack(rows))
 
 
@@ -63,9 +76,9 @@ def test_simulated_ranks_train_as_the_ranks_of_an_mpi_job(num_ranks, tmp_path):
     job = run_on_ranks(find_launcher("mpirun"), num_ranks, [program], 170, {"RESULT": str(tmp_path)})
     assert job.code == 0, job.output
     expected = np.stack([np.load(tmp_path / f"{rank}.npy") for rank in range(num_ranks)])
-    found = np.stack(js.comm.run_simulated(num_ranks, lambda transport: np.stack([train(*case) for case in CASES])))
-    for number, (method, sampling, exchange) in enumerate(CASES):
-        case = f"{method}, {sampling}, {exchange}"
-        if exchange != "allreduce" or num_ranks == 2:  # our own order of sums; two numbers have only one
+    found = np.stack(js.comm.run_simulated(num_ranks, lambda transport: np.stack([train(case) for case in CASES])))
+    for number, case in enumerate(CASES):
+        is_summed_by_mpi = "allreduce" in case or "powersgd" in case
+        if num_ranks == 2 or not is_summed_by_mpi:  # MPI's order of three numbers is its own
             np.testing.assert_array_equal(found[:, number], expected[:, number], case)
         np.testing.assert_allclose(found[:, number], expected[:, number], rtol=1e-6, atol=1e-6, err_msg=case)
