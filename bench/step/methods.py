@@ -29,6 +29,11 @@ PHASE_OF = {
 }  # fmt: skip
 LARS: Mapping[str, float] = {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02, "eps": 1e-8}
 STRATEGIES, BUDGETS = ("stratified", "independent", "shared"), (0.75, 0.5, 0.25)
+VARIANTS: Mapping[str, dict[str, Any]] = {  # at a budget of one half
+    "_bf16": {"wire_dtype": "bfloat16"},
+    "_overlap": {"overlap": True},
+    "_bf16_overlap": {"wire_dtype": "bfloat16", "overlap": True},
+}
 
 
 class Laps:
@@ -121,14 +126,21 @@ class JointSpar(Iteration):
     """JointSparLARS as a user calls it."""
 
     def __init__(
-        self, setting: Setting, *, budget: float, strategy: str, wire_dtype: str | None = None, over: str = "comm"
+        self,
+        setting: Setting,
+        *,
+        budget: float,
+        strategy: str,
+        wire_dtype: str | None = None,
+        over: str = "comm",
+        overlap: bool = False,
     ) -> None:
         super().__init__(setting)
         self._comm: Transport = getattr(setting.ranks, over)
         sampling = js.Sampling(budget=budget, strategy=strategy, seed=setting.seed)
         self._optimizer = js.JointSparLARS(
             setting.model.named_parameters(), lr=setting.lr, sampling=sampling, comm=self._comm, wire_dtype=wire_dtype,
-            **LARS,
+            overlap=overlap, **LARS,
         )  # fmt: skip
 
     def finish(self, laps: Laps) -> None:
@@ -272,7 +284,8 @@ def _methods() -> list[Method]:
         Method("jointspar_1.0", "ours", partial(JointSpar, budget=1.0, strategy="shared")),
         *(Method(f"{s}_{b}", "ours", partial(JointSpar, budget=b, strategy=s)) for s, b in budgets),
         *(
-            Method(f"{s}_0.5_bf16", "ours", partial(JointSpar, budget=0.5, strategy=s, wire_dtype="bfloat16"))
+            Method(f"{s}_0.5{suffix}", "ours", partial(JointSpar, budget=0.5, strategy=s, **options))
+            for suffix, options in VARIANTS.items()
             for s in STRATEGIES
         ),
         Method("stratified_0.5_gloo", "ours", partial(JointSpar, budget=0.5, strategy="stratified", over="gloo")),

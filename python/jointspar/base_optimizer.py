@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         wire_dtype: torch.dtype | str | None,
         exchange: str | CustomExchange,
         check_every: int,
+        overlap: bool,
     ) -> None:
         if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
             raise ValueError(f"check_every: {check_every!r} is not a number of steps, or 0 for never")
@@ -56,9 +58,14 @@ class JointSparOptimizer(torch.optim.Optimizer):
         _check_kind("comm", comm, "a transport of jointspar.comm", comm is None or hasattr(comm, "start_headers"))
         is_exchange = isinstance(exchange, str) or (callable(exchange) and hasattr(exchange, "agreed"))
         _check_kind("exchange", exchange, "a name or a CustomExchange", is_exchange)
+        _check_kind("overlap", overlap, "True or False", isinstance(overlap, (bool, np.bool_)))
+        if overlap and not isinstance(exchange, str):
+            raise ValueError("overlap: an exchange of your own takes all gradients at once; leave one of them out")
         groups, named = named_groups(params)
         layers = group_layers(named, sampling.grouping)
         sampling.constraints(layers.num_layers)
+        if overlap and any(parameter.device.type != "cpu" for parameter in layers.parameters):
+            raise ValueError("overlap: for parameters in host memory only; leave it out for those on a GPU")
         self._is_built = False
         super().__init__(groups, defaults)
         self._is_built = True
@@ -77,6 +84,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
             wire_dtype=wire_dtype,
             exchange=exchange,
             check_every=check_every,
+            overlap=bool(overlap),
         )
         self._pipeline = self._make_pipeline(comm if comm is not None else comm_module.world())
         broadcast_parameters(self.comm, self._parameters)
@@ -193,6 +201,14 @@ class JointSparOptimizer(torch.optim.Optimizer):
             model, [[self._parameters[index] for index in layer.parameters] for layer in self.layers], *inputs
         )
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context whose backward passes only accumulate, as `DistributedDataParallel.no_sync`.
+
+        With overlap=True for all backward passes of a step but the last; without it every backward only accumulates.
+        """
+        early = self._pipeline.early
+        return nullcontext() if early is None else early.paused()
+
     def release(self) -> None:
         """Give `requires_grad` of all parameters back as it was found (or as the user set it since)."""
         self._pipeline.backward.release()
@@ -207,6 +223,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
         _check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
         _check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
+        self._refuse_under_way("set_trainable")
         chosen = list(parameters)
         if any(id(parameter) not in position_of for parameter in chosen):
             raise ValueError("parameters: not all of them belong to this optimizer")
@@ -257,6 +274,11 @@ class JointSparOptimizer(torch.optim.Optimizer):
     def finish(self) -> None:
         """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
         self._pipeline.agreement.finish()
+
+    def _refuse_under_way(self, what: str) -> None:
+        early = self._pipeline.early
+        if early is not None and early.is_under_way:
+            raise JointSparError(f"{what}: with overlap=True not between backward and step()")
 
     def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
         _check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
@@ -311,6 +333,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         Raises ValueError for a state of other parameters or layers; nothing was changed then.
         """
         self.check_state_dict(state_dict)
+        self._refuse_under_way("load_state_dict")
         loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
         super().load_state_dict(state_dict)
         for parameter, momentum, value in zip(self._parameters, self._momenta, loaded, strict=True):

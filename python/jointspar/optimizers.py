@@ -42,6 +42,10 @@ class JointSparLARS(JointSparOptimizer):
             of its state. Or an exchange of your own: see `jointspar.step.exchange.CustomExchange`.
         check_every: after so many steps the ranks compare digests of their weights, layer by layer, so that a bit that
             flipped on one rank is a DesyncError; 0 for never. It reads every weight once, one to two milliseconds a MB.
+        overlap: exchange gradients while backward computes the next ones, from a thread of its own, as
+            DistributedDataParallel does. Backward then runs once a step: accumulate inside `no_sync()`; and gradients
+            stay as backward left them, so no `clip_grad_norm_` and no GradScaler. Host memory, and an exchange by name.
+            Gradients are sent in another order, so that with three ranks or more sums round differently.
 
     Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.
@@ -66,6 +70,7 @@ class JointSparLARS(JointSparOptimizer):
         wire_dtype: torch.dtype | str | None = None,
         exchange: str | CustomExchange = "auto",
         check_every: int = 0,
+        overlap: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps,
@@ -73,7 +78,7 @@ class JointSparLARS(JointSparOptimizer):
         )  # fmt: skip
         super().__init__(
             params, defaults, inactive=inactive, sampling=sampling, comm=comm, wire_dtype=wire_dtype, exchange=exchange,
-            check_every=check_every,
+            check_every=check_every, overlap=overlap,
         )  # fmt: skip
 
 
@@ -99,9 +104,10 @@ class JointSparSGD(JointSparOptimizer):
         wire_dtype: torch.dtype | str | None = None,
         exchange: str | CustomExchange = "auto",
         check_every: int = 0,
+        overlap: bool = False,
     ) -> None:
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         super().__init__(
             params, defaults, inactive=inactive, sampling=sampling, comm=comm, wire_dtype=wire_dtype, exchange=exchange,
-            check_every=check_every,
+            check_every=check_every, overlap=overlap,
         )  # fmt: skip

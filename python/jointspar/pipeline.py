@@ -14,10 +14,12 @@ from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import Reading
+from jointspar.early_exchange import EarlyExchange
 from jointspar.errors import JointSparError
+from jointspar.gradient_sum import GradientSum
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
-from jointspar.step.exchange import Chooser, CustomExchange, Slices
+from jointspar.step.exchange import Chooser, CustomExchange
 from jointspar.step.layers import Layers
 from jointspar.step.packing import PackedLayout, Packer, gradient_scales
 from jointspar.step.probabilities import LayerDistribution
@@ -26,6 +28,7 @@ from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_p
 from jointspar.telemetry import Stats
 
 MAX_SKIPPED_IN_A_ROW = 50
+_BUCKET_BYTES = 4 * 2**20  # of what is exchanged at a time during backward
 _MAX_STEPS = 2**32  # the step is 32 bits of the counter that random numbers are made from
 
 
@@ -62,9 +65,10 @@ class Pipeline:
         wire_dtype: torch.dtype | str | None,
         exchange: str | CustomExchange,
         check_every: int,
+        overlap: bool,
     ) -> None:
         self.layers, self.sampling, self.comm = layers, sampling, comm
-        self.packer = Packer(layers.parameters, layers.names, wire_dtype)
+        self.packer = Packer(layers.parameters, layers.names, wire_dtype, _BUCKET_BYTES if overlap else None)
         is_partial = sampling.strategy != "shared"
         self.chooser = Chooser(
             exchange, comm, self.packer.wire_dtype, is_partial=is_partial, device=layers.parameters[0].device
@@ -73,7 +77,7 @@ class Pipeline:
         self._check_every = check_every
         settings: dict[str, Any] = {"optimizer": optimizer_name, "inactive": inactive}
         settings["exchange"] = exchange if isinstance(exchange, str) else exchange.agreed()
-        settings["check_every"] = check_every
+        settings["check_every"], settings["overlap"] = check_every, overlap
         settings["device"] = layers.parameters[0].device.type
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
@@ -85,6 +89,10 @@ class Pipeline:
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
         self.stats = Stats()
         self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
+        self.early: EarlyExchange | None = None
+        if overlap:
+            self.early = EarlyExchange(comm, layers.parameters, self._begin_early, self._agree_early)
+            self.backward.watch(self.early.note)
         self.chooser.prepare(self.packer.dense_bytes(np.ones(len(layers.parameters), dtype=bool)))
         self.draw_next()
 
@@ -104,32 +112,26 @@ class Pipeline:
         """
         stats = self.stats
         hyper.check()
-        stats.phase_ms.clear()
-        self.backward.observe()
-        with stats.phase("plan"):
-            plan = self.agreement.wait_plan()
-        with stats.phase("pack"):
-            exchanged = self._pack(plan, grad_scale)
-        packed, sent_before = exchanged.mean_grad, self.comm.bytes_sent
-        slices = Slices(exchanged.layout.sizes, exchanged.layout.computed)
-        stats.exchange = self.chooser.choose(slices)
+        total = self._packed(grad_scale) if self.early is None else self._sum_early(self.early, grad_scale)
+        lesson = Lesson(self.active, self.drawn, total.counts, self._local_norms(total, grad_scale))
         with stats.phase("go"):
-            lesson = self._lesson_to_learn(exchanged)
-            local = np.zeros(self.layers.num_layers) if lesson is None else lesson.local.wait()
+            due = self._lesson_due(lesson)
+            values = np.zeros(self.layers.num_layers) if due is None else due.local.wait()
             gathered = self.agreement.go(
                 Op.EXCHANGE,
                 step=self.step_count,
-                count=exchanged.layout.total,
-                dtype=packed.dtype,
-                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable, stats.exchange]),
-                values=np.append(local, found_inf),
+                count=total.layout.total,
+                dtype=total.packed.dtype,
+                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable, total.exchange_name]),
+                values=np.append(values, found_inf),
             )
-        exchanged.gathered, exchanged.is_finite = gathered[:, :-1], not gathered[:, -1].any()
-        with stats.phase("exchange"):
-            if exchanged.is_finite:
-                what = f"step {self.step_count} exchange"
-                self.chooser.exchange(stats.exchange, packed, what=what, slices=slices)
-        stats.sent_bytes = self.comm.bytes_sent - sent_before
+        is_finite = not gathered[:, -1].any()
+        exchanged = Exchanged(total.layout, total.packed, lesson, gathered[:, :-1], is_finite=is_finite)
+        if self.early is None and exchanged.is_finite:
+            with stats.phase("exchange"):
+                total.exchange(0)
+        stats.exchange = total.exchange_name
+        stats.sent_bytes = self.comm.bytes_sent - total.sent_before
         dense_bytes = self.packer.dense_bytes(self.backward.updatable)
         stats.dense_bytes = self.chooser.sent_bytes(stats.exchange, dense_bytes)
         if exchanged.is_finite and (not self.sampling.lag or is_looked_at or max_norm is not None):
@@ -182,7 +184,7 @@ class Pipeline:
         eligible = self.distribution.eligible
         active_fraction = float(self.active[eligible].mean()) if eligible.any() else 1.0
         flops_skipped = None if self.flops is None else int(self.flops[eligible & ~self.active].sum())
-        lesson = self._lesson_to_learn(exchanged)
+        lesson = self._lesson_due(exchanged.lesson)
         is_applied = lesson is None or lesson.was_applied()
         if lesson is not None and is_applied:
             with self.stats.phase("probabilities"):
@@ -269,23 +271,72 @@ class Pipeline:
         by_layer.append(stable_hash([parameters[index] for index in range(len(parameters)) if index not in inside]))
         self.agreement.compare_digests(self.step_count, np.array(by_layer, dtype=np.int64))
 
-    def _lesson_to_learn(self, exchanged: Exchanged) -> Lesson | None:
+    def _lesson_due(self, latest: Lesson) -> Lesson | None:
         """This step's, or with lag=1 that of the step before."""
-        return self._lesson if self.sampling.lag else exchanged.lesson
+        return self._lesson if self.sampling.lag else latest
 
-    def _pack(self, plan: np.ndarray, grad_scale: float) -> Exchanged:
-        """This rank's gradients in one buffer, which the exchange then sums in place.
+    def _packed(self, grad_scale: float) -> GradientSum:
+        """Stage 3, after backward."""
+        self.stats.phase_ms.clear()
+        self.backward.observe()
+        with self.stats.phase("plan"):
+            total = self._begin_sum(grad_scale)
+        with self.stats.phase("pack"):
+            total.pack_next()
+        return total
 
-        plan: bool [world_size, num_layers], what each rank computed.
-        """
-        layers, counts = self.layers, plan.sum(axis=0)
-        layout = self.packer.layout(layers.wanted_parameters(plan) & self.backward.updatable)
+    def _sum_early(self, early: EarlyExchange, grad_scale: float) -> GradientSum:
+        """Stages 3 and 4, of what backward has left to do."""
+        if grad_scale != 1.0:
+            raise JointSparError(
+                "overlap=True sends gradients before a GradScaler unscales them: leave one of them out"
+            )
+        with self.stats.phase("pack"):
+            early.pack_rest()
+        with self.stats.phase("exchange"):
+            total = early.wait()
+        self.backward.observe_grads()
+        return total
+
+    def _begin_early(self) -> GradientSum:
+        """At the first gradient; stages 3 and 4 are part of backward's time from now on."""
+        self.stats.phase_ms.clear()
+        self.backward.observe_flags()
+        return self._begin_sum(grad_scale=1.0)
+
+    def _agree_early(self, total: GradientSum) -> None:
+        """Before any bucket travels, since go comes after all of them."""
+        self.agreement.go(
+            Op.OVERLAP,
+            step=self.step_count,
+            count=total.layout.total,
+            dtype=total.packed.dtype,
+            hyper_hash=stable_hash([self.backward.updatable, total.exchange_name]),
+        )
+
+    def _begin_sum(self, grad_scale: float) -> GradientSum:
+        """What this step will sum, from what each rank plans to compute."""
+        sent_before = self.comm.bytes_sent
+        layers, plan = self.layers, self.agreement.wait_plan()
+        counts = plan.sum(axis=0)
         scales = gradient_scales(self.sampling.strategy, self.drawn, counts, self.comm.world_size)
-        of_parameter = np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale
-        packed, squared_norms = self.packer.pack(layout, layers.wanted_parameters(self.active), of_parameter)
-        local = Reading(squared_norms, lambda values: layers.sum_by_layer(values / grad_scale**2, layout.positions))
-        nothing = np.empty((0, layers.num_layers))
-        return Exchanged(layout, packed, Lesson(self.active, self.drawn, counts, local), gathered=nothing)
+        return GradientSum(
+            self.packer,
+            self.chooser,
+            self.packer.layout(layers.wanted_parameters(plan) & self.backward.updatable),
+            step=self.step_count,
+            wanted=layers.wanted_parameters(self.active),
+            scales=np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale,
+            counts=counts,
+            sent_before=sent_before,
+        )
+
+    def _local_norms(self, total: GradientSum, grad_scale: float) -> Reading:
+        """Squared norms by layer of this rank's gradients."""
+        positions = total.layout.positions
+        return Reading(
+            total.squared_norms(), lambda values: self.layers.sum_by_layer(values / grad_scale**2, positions)
+        )
 
     def _measure(self, exchanged: Exchanged, max_norm: float | None) -> None:
         exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)

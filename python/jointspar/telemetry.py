@@ -59,7 +59,7 @@ class Stats:
         try:
             yield
         finally:
-            self.phase_ms[name] = (time.perf_counter() - start) * 1e3
+            self.phase_ms[name] = self.phase_ms.get(name, 0.0) + (time.perf_counter() - start) * 1e3
 
 
 def weight_grad_flops(model: torch.nn.Module, layers: Sequence[Sequence[torch.Tensor]], *inputs: Any) -> np.ndarray:

@@ -164,7 +164,8 @@ class Agreement:
             describe(op, step),
             "the chosen exchange, learning rates, other hyperparameters, or which parameters are frozen differ",
         )
-        self._agreed_wishes = Wish(int(np.bitwise_or.reduce(rows[:, _WISHES])) & _ALL_WISHES)
+        if op != Op.OVERLAP:  # it comes in the midst of backward, on each rank at its own time
+            self._agreed_wishes = Wish(int(np.bitwise_or.reduce(rows[:, _WISHES])) & _ALL_WISHES)
         return rows[:, NUM_FIXED : NUM_FIXED + own.size].copy().view(np.float64)
 
     def compare_digests(self, step: int, digests: np.ndarray) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
 from jointspar.comm.transport import Transport
-from jointspar.errors import DesyncError
+from jointspar.errors import DesyncError, JointSparError
 
 NUM_FIXED = 16  # words of a header before what depends on the layers
 
@@ -16,6 +16,7 @@ _MAGIC = 0x4A53_5041_0002  # "JSPA", protocol version
 _SERIAL, _OP, _STEP = range(1, 4)  # word 0 is the magic number
 
 _num_words: WeakKeyDictionary[Transport, int] = WeakKeyDictionary()
+_occupied: WeakSet[Transport] = WeakSet()  # by an exchange during backward, in a thread of its own
 
 
 class Op(IntEnum):
@@ -32,6 +33,7 @@ class Op(IntEnum):
     LEAVE = 9
     BATCHES = 10
     CHECK = 11
+    OVERLAP = 12
 
 
 class Wish(IntFlag):
@@ -60,8 +62,39 @@ def reserve_words(transport: Transport, num_words: int) -> None:
     _num_words[transport] = max(NUM_FIXED + num_words, _num_words.get(transport, 0))
 
 
+def occupy(transport: Transport) -> None:
+    """From now on an exchange during backward uses the transport, and nothing else may until `vacate`.
+
+    Raises JointSparError where another exchange does.
+    """
+    _refuse_where_occupied(transport, "step()")
+    _occupied.add(transport)
+
+
+def vacate(transport: Transport) -> None:
+    """The exchange is over."""
+    _occupied.discard(transport)
+
+
+def is_occupied(transport: Transport) -> bool:
+    """Whether an exchange during backward uses the transport."""
+    return transport in _occupied
+
+
+def _refuse_where_occupied(transport: Transport, what: str) -> None:
+    if transport in _occupied:
+        raise JointSparError(
+            f"{what}: not between backward and step() of an optimizer with overlap=True, whose exchange is under way"
+        )
+
+
 def new_header(transport: Transport, serial: int, op: Op, step: int) -> np.ndarray:
-    """A header with all but its further words, int64 [num_words]."""
+    """A header with all but its further words, int64 [num_words].
+
+    Raises JointSparError while an exchange during backward uses the transport, except for its own.
+    """
+    if op != Op.OVERLAP:
+        _refuse_where_occupied(transport, describe(op, step))
     words = np.zeros(_num_words.get(transport, NUM_FIXED), dtype=np.int64)
     words[0] = _MAGIC
     words[[_SERIAL, _OP, _STEP]] = serial, op, step
@@ -88,6 +121,8 @@ def describe(op: int, step: int) -> str:
         return f"check of the weights at step {step}"
     if op == Op.BATCHES:
         return f"start of a loop over batches at step {step}"
+    if op == Op.OVERLAP:
+        return f"step {step} exchange during backward"
     if op in (Op.PLAN, Op.EXCHANGE):
         return f"step {step} {Op(op).name.lower()}"
     name = Op(op).name.lower() if op in Op._value2member_map_ else f"unknown operation {op}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from jointspar.errors import JointSparError
@@ -38,6 +40,8 @@ class ActiveBackward:
         self._as_set = self.trainable.copy()
         self._fallback = len(parameters) - 1
         self._is_reached = self.trainable.copy()  # whether the loss depends on it, as far as is known
+        self._note: Callable[[int], None] | None = None
+        self._watched: dict[int, RemovableHandle] = {}
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
         for parameter in parameters:
@@ -51,14 +55,27 @@ class ActiveBackward:
         """bool [num_parameters]: trainable now, and when the iteration under way began."""
         return self.trainable & self._trainable_before
 
+    def watch(self, note: Callable[[int], None]) -> None:
+        """Call note(position) for each parameter of which a backward has accumulated the gradient, until `release`."""
+        self._note = note
+        self._watch_differentiable()
+
     def observe(self) -> None:
-        """Take over flags that the user changed since `activate`; remember a parameter that the loss depends on."""
+        """Take over flags that the user changed since `activate`; remember which parameters the loss depends on."""
+        self.observe_flags()
+        self.observe_grads()
+
+    def observe_flags(self) -> None:
+        """The first half of `observe`, which may come before the last gradient."""
         found = np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
         changed = found != self._as_set
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
+
+    def observe_grads(self) -> None:
+        """The second half, after backward."""
         has_grad = np.array([parameter.grad is not None for parameter in self._parameters], dtype=bool)
-        self._is_reached[found] = has_grad[found]
+        self._is_reached[self._as_set] = has_grad[self._as_set]
         self._fallback = int(np.flatnonzero(has_grad)[-1]) if has_grad.any() else self._fallback
 
     def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
@@ -80,11 +97,31 @@ class ActiveBackward:
             self._parameters[index].requires_grad_(bool(flags[index]))
         self._as_set[:] = flags
         self._trainable_before[:] = self.trainable
+        if self._note is not None:
+            self._watch_differentiable()
 
     def release(self) -> None:
         """Give requires_grad back: as it was found, but for what the user changed since."""
-        self.observe()
+        self._note = None
+        for handle in self._watched.values():
+            handle.remove()
+        self._watched.clear()
+        self.observe_flags()
         _give_back(self._parameters, self.trainable, self._as_set)
+
+    def _watch_differentiable(self) -> None:
+        """A parameter takes a hook only while it is differentiable, and keeps it."""
+        owner = weakref.ref(self)
+
+        def tell(_: torch.Tensor, position: int) -> None:
+            alive = owner()
+            if alive is not None and alive._note is not None:
+                alive._note(position)
+
+        for position in np.flatnonzero(self._as_set).tolist():
+            if position not in self._watched:
+                hook = partial(tell, position=position)
+                self._watched[position] = self._parameters[position].register_post_accumulate_grad_hook(hook)
 
 
 def _refuse_reentrant_checkpointing(parameter: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,18 +21,33 @@ class PackedLayout:
     positions: np.ndarray  # int64 [num_slices], into the parameters
     sizes: np.ndarray  # int64 [num_slices], elements
     computed: np.ndarray  # bool [world_size, num_slices]
+    start: int = 0  # elements of the buffer before the first slice
 
     @property
     def total(self) -> int:
-        """Elements of the buffer."""
+        """Elements of all slices."""
         return int(self.sizes.sum())
+
+    def part(self, first: int, last: int) -> PackedLayout:
+        """The slices from `first` on, up to `last`."""
+        chosen = slice(first, last)
+        start = self.start + int(self.sizes[:first].sum())
+        return PackedLayout(self.positions[chosen], self.sizes[chosen], self.computed[:, chosen], start)
 
 
 class Packer:
-    """Packs the gradients of active layers into a buffer that is allocated once."""
+    """Packs the gradients of active layers into a buffer that is allocated once.
+
+    bucket_bytes: about as much is one part of the buffer, the last parameters, whose gradients come first, at its
+    beginning; None: the buffer is one part, in the order of the parameters.
+    """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], names: Sequence[str], wire_dtype: torch.dtype | str | None
+        self,
+        parameters: Sequence[torch.Tensor],
+        names: Sequence[str],
+        wire_dtype: torch.dtype | str | None,
+        bucket_bytes: int | None = None,
     ) -> None:
         self._parameters = parameters
         self._names = names
@@ -40,6 +56,10 @@ class Packer:
         exact = torch.float64 if wide else torch.float32
         self.wire_dtype = exact if wire_dtype is None else getattr(torch, dtype_name("wire_dtype", wire_dtype))
         self._buffer = torch.empty(0, dtype=self.wire_dtype, device=parameters[0].device)
+        self._bucket_of = np.zeros(len(parameters), dtype=np.int64)
+        if bucket_bytes is not None:
+            ends = np.cumsum(self._sizes[::-1])[::-1] * self.wire_dtype.itemsize
+            self._bucket_of = (ends - 1) // bucket_bytes
         self._warned: set[int] = set()
 
     def dense_bytes(self, trainable: np.ndarray) -> int:
@@ -47,13 +67,28 @@ class Packer:
         return int(self._sizes[trainable].sum()) * self.wire_dtype.itemsize
 
     def layout(self, computed: np.ndarray) -> PackedLayout:
-        """The layout of what any rank computes. Slices of the same ranks lie together, so that they travel together.
+        """The layout of what any rank computes.
 
+        Slices of the same ranks lie together within a bucket, so that they travel together.
         computed: bool [world_size, num_parameters].
         """
         positions = np.flatnonzero(computed.any(axis=0))
-        positions = positions[np.lexsort(computed[:, positions])]
+        positions = positions[np.lexsort([*computed[:, positions], self._bucket_of[positions]])]
         return PackedLayout(positions, self._sizes[positions], computed[:, positions])
+
+    def buckets(self, layout: PackedLayout) -> list[PackedLayout]:
+        """A layout's parts, at least one, in the order in which backward is expected to finish them."""
+        if layout.positions.size == 0:
+            return [layout]
+        starts = np.unique(self._bucket_of[layout.positions], return_index=True)[1].tolist()
+        return [layout.part(first, last) for first, last in pairwise([*starts, layout.positions.size])]
+
+    def buffer(self, layout: PackedLayout) -> torch.Tensor:
+        """The memory of a layout, [layout.total] of the wire dtype; of a part, that part's."""
+        end = layout.start + layout.total
+        if self._buffer.numel() < end:
+            self._buffer = self._buffer.new_empty(end)
+        return self._buffer[layout.start : end]
 
     def pack(
         self, layout: PackedLayout, computed: np.ndarray, scales: np.ndarray
@@ -61,15 +96,14 @@ class Packer:
         """Pack this rank's gradients, scaled, in one pass.
 
         Args:
+            layout: whole, or a part of one whose buffer was asked for.
             computed: bool [num_parameters], those that this rank was to compute; the others pack zeros.
             scales: float64 [num_parameters].
 
         Returns: (packed [layout.total] of the wire dtype, squared norms float64 [num_slices] before scaling).
         An active parameter without a gradient packs zeros and warns once.
         """
-        if self._buffer.numel() < layout.total:
-            self._buffer = self._buffer.new_empty(layout.total)
-        packed = self._buffer[: layout.total]
+        packed = self.buffer(layout)
         grads = [self._grad(position) if computed[position] else None for position in layout.positions.tolist()]
         _, squared_norms = ops.pack_gradients(grads, scales[layout.positions], layout=layout.sizes, out=packed)
         return packed, squared_norms

@@ -1,0 +1,70 @@
+"""One step's gradients on their way to their sum: laid out by the plan, then packed and exchanged, bucket by bucket."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from jointspar.step.exchange import Chooser, Slices
+from jointspar.step.packing import PackedLayout, Packer
+
+
+class GradientSum:
+    """What a step packs and exchanges. Every rank exchanges the same buckets in the same order.
+
+    layout: of what any rank computes. wanted: bool [num_parameters], what this rank computes. scales: float64
+    [num_parameters], into this rank's part of the mean. counts: int64 [num_layers], the ranks that compute each layer.
+    sent_before: bytes that the transport had sent when the step began. `packed` is [layout.total], and the sum over the
+    ranks at the end.
+    """
+
+    def __init__(
+        self,
+        packer: Packer,
+        chooser: Chooser,
+        layout: PackedLayout,
+        *,
+        step: int,
+        wanted: np.ndarray,
+        scales: np.ndarray,
+        counts: np.ndarray,
+        sent_before: int,
+    ) -> None:
+        self._packer, self._chooser = packer, chooser
+        self._what = f"step {step} exchange"
+        self._wanted, self._scales = wanted, scales
+        self.layout, self.counts, self.sent_before = layout, counts, sent_before
+        self.packed = packer.buffer(layout)
+        self.buckets = packer.buckets(layout)
+        self.exchange_name = chooser.choose(_slices(layout))  # one for all buckets
+        self._norms: list[torch.Tensor | np.ndarray] = []  # by bucket
+
+    def positions_to_compute(self, bucket: int) -> set[int]:
+        """The parameters of a bucket whose gradients this rank computes."""
+        positions = self.buckets[bucket].positions
+        return set(positions[self._wanted[positions]].tolist())
+
+    def pack_next(self) -> int:
+        """Pack this rank's gradients of the next bucket, scaled, zeros for what others compute; the bucket's number."""
+        bucket = len(self._norms)
+        _, squared_norms = self._packer.pack(self.buckets[bucket], self._wanted, self._scales)
+        self._norms.append(squared_norms)
+        return bucket
+
+    @property
+    def is_packed(self) -> bool:
+        return len(self._norms) == len(self.buckets)
+
+    def squared_norms(self) -> torch.Tensor | np.ndarray:
+        """float64 [num_slices]: of this rank's gradients before they were scaled, once all are packed."""
+        return self._norms[0] if len(self._norms) == 1 else np.concatenate(self._norms)
+
+    def exchange(self, bucket: int) -> None:
+        """Sum a packed bucket over the ranks, in place. Collective."""
+        layout = self.buckets[bucket]
+        packed, slices = self._packer.buffer(layout), _slices(layout)
+        self._chooser.exchange(self.exchange_name, packed, what=self._what, slices=slices)
+
+
+def _slices(layout: PackedLayout) -> Slices:
+    return Slices(layout.sizes, layout.computed)

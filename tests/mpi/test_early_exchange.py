@@ -1,0 +1,221 @@
+"""overlap=True on several ranks: the sums of overlap=False, sent during backward, and all ends that a rank may take."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import jointspar as js
+from jointspar import pipeline
+from jointspar.comm.transport import Transport
+from jointspar.errors import DesyncError
+
+pytestmark = pytest.mark.mpi
+
+STRATEGIES = ("stratified", "independent", "shared")
+WIRES = {"allreduce": None, "ring": "bfloat16", "two_shot": None}  # by exchange
+SETTINGS: list[tuple[type[Any], dict[str, Any]]] = [
+    (js.JointSparLARS, dict(lr=0.5, trust_coefficient=0.02)),
+    (js.JointSparSGD, dict(lr=0.05, momentum=0.5, inactive="decay")),
+]
+
+BY_MPI = pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(js.comm.world().rank)  # rank 0's weights go to all
+    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+
+
+def make_optimizer(model: nn.Module, **settings: Any) -> Any:
+    return js.JointSparSGD(model.named_parameters(), **({"overlap": True} | settings))
+
+
+def backward(model: nn.Module) -> None:
+    nn.functional.cross_entropy(model(torch.randn(12, 6)), torch.randint(0, 3, (12,))).backward()
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def train(kind: type[Any], settings: dict[str, Any], max_norm: float | None) -> tuple[torch.Tensor, js.Stats]:
+    model = make_model()
+    optimizer = kind(model.named_parameters(), **settings)
+    for step in range(12):
+        if step == 6:
+            optimizer.set_trainable(model[3].parameters(), False)
+        optimizer.zero_grad()
+        if step % 3 == 0:
+            with optimizer.no_sync():
+                backward(model)
+        backward(model)
+        optimizer.step(max_norm=max_norm)
+    optimizer.finish()
+    return weights(model), optimizer.stats
+
+
+def train_with_and_without() -> None:
+    pipeline._BUCKET_BYTES = 2000
+    comm = js.comm.world()
+    for (kind, given), strategy, exchange in itertools.product(SETTINGS, STRATEGIES, WIRES):
+        sampling = js.Sampling(strategy=strategy, lag=int(kind is js.JointSparSGD))
+        wire_dtype = WIRES[exchange] if comm.world_size == 2 else None  # 16-bit sums of three depend on their order
+        settings = given | {"sampling": sampling, "exchange": exchange, "wire_dtype": wire_dtype}
+        max_norm = 5.0 if exchange == "ring" else None
+        expected, plain = train(kind, settings, max_norm)
+        found, early = train(kind, settings | {"overlap": True}, max_norm)
+        case = f"{kind.__name__}, {strategy}, {exchange}"
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if comm.world_size == 2 else 1e-6, msg=case)
+        headers = 12 * (comm.world_size - 1) * 8 * 64  # one more a step, of less than 64 words
+        shares = 0.2 * plain.total_sent_bytes * (exchange == "two_shot" and comm.world_size > 2)  # which rank sums what
+        assert abs(early.total_sent_bytes - plain.total_sent_bytes) < headers + shares, case
+        assert early.total_dense_bytes == plain.total_dense_bytes, case
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks"), [("mpirun", 2), ("mpirun", 3), ("torchrun", 2)], indirect=["launcher"]
+)
+def test_overlap_changes_no_sum(run_ranks: Any, num_ranks: int) -> None:
+    run_ranks(num_ranks, train_with_and_without)
+
+
+def exchange_before_backward_ends() -> None:
+    """The first layer's backward waits until the last layer's bucket has been exchanged."""
+    pipeline._BUCKET_BYTES = 2000
+    model = make_model()
+    optimizer = make_optimizer(model, sampling=js.Sampling(budget=1.0, strategy="shared"))
+    is_exchanged = threading.Event()
+    chooser = optimizer._pipeline.chooser
+    exchange = chooser.exchange
+
+    def exchange_and_tell(*given: Any, **named: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        exchange(*given, **named)
+        is_exchanged.set()
+
+    chooser.exchange = exchange_and_tell
+
+    def wait_for_bucket(*_: Any) -> None:
+        assert is_exchanged.wait(30)
+
+    model[0].register_full_backward_hook(wait_for_bucket)
+    nn.functional.cross_entropy(model(torch.randn(12, 6, requires_grad=True)), torch.randint(0, 3, (12,))).backward()
+    optimizer.step()
+
+
+@BY_MPI
+def test_buckets_travel_while_backward_runs(run_ranks: Any) -> None:
+    run_ranks(2, exchange_before_backward_ends)
+
+
+def leave_between_backward_and_step() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, exchange="ring")
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model)
+        if step == 1 and optimizer.comm.rank == 1:
+            print(f"FAULT {time.time()}\n", end="", flush=True)
+            sys.exit(0)
+        optimizer.step()
+
+
+def leave_in_the_middle_of_backward() -> None:
+    """The other rank waits for buckets that this one has not packed."""
+    pipeline._BUCKET_BYTES = 2000
+    model = make_model()
+    optimizer = make_optimizer(model, exchange="ring", sampling=js.Sampling(budget=1.0, strategy="shared"))
+
+    def leave(*_: Any) -> None:
+        print(f"FAULT {time.time()}\n", end="", flush=True)
+        sys.exit(0)
+
+    if optimizer.comm.rank == 1:
+        model[3].register_full_backward_hook(leave)
+    backward(model)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("program", [leave_between_backward_and_step, leave_in_the_middle_of_backward])
+def test_a_rank_that_exits_during_an_exchange_ends_the_job(run_ranks: Any, program: Any) -> None:
+    job = run_ranks(2, program, expect_code=None)
+    assert "DesyncError: rank 0: the ranks are about to do different things" in job.output
+    assert job.seconds_after("FAULT") < 5
+
+
+def fail_in_the_middle_of_backward() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, exchange="ring", sampling=js.Sampling(budget=1.0, strategy="shared"))
+
+    def fail(*_: Any) -> None:
+        print(f"FAULT {time.time()}\n", end="", flush=True)
+        raise ValueError("a mistake of the user")
+
+    if optimizer.comm.rank == 1:
+        model[3].register_full_backward_hook(fail)
+    backward(model)
+    optimizer.step()
+
+
+@BY_MPI
+def test_an_error_in_backward_ends_the_job(run_ranks: Any) -> None:
+    job = run_ranks(2, fail_in_the_middle_of_backward, expect_code=None)
+    assert "a mistake of the user" in job.output
+    assert job.seconds_after("FAULT") < 5
+
+
+def freeze_on_one_rank() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, sampling=js.Sampling(budget=1.0, strategy="shared"))
+    if optimizer.comm.rank == 1:
+        model[3].weight.requires_grad_(False)
+    backward(model)
+    with pytest.raises(DesyncError, match="step 0 exchange during backward: "):
+        optimizer.step()
+    print("AGREED THAT THEY DIFFER")
+
+
+@BY_MPI
+def test_ranks_that_differ_find_it_out_before_any_bucket(run_ranks: Any) -> None:
+    assert run_ranks(2, freeze_on_one_rank).output.count("AGREED THAT THEY DIFFER") == 2
+
+
+def leave_out_a_backward() -> None:
+    results = []
+    for overlap in (True, False):
+        model = make_model()
+        optimizer = make_optimizer(model, overlap=overlap, sampling=js.Sampling(budget=1.0, strategy="shared"))
+        for step in range(4):
+            optimizer.zero_grad()
+            torch.manual_seed(10 * step + optimizer.comm.rank)
+            if step % 2 != optimizer.comm.rank:  # no data left, say
+                backward(model)
+            optimizer.step()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore")
+@BY_MPI
+def test_a_rank_without_a_backward_counts_as_zero(run_ranks: Any) -> None:
+    run_ranks(2, leave_out_a_backward)
+
+
+def set_overlap_on_one_rank() -> None:
+    comm: Transport = js.comm.world()
+    with pytest.raises(DesyncError, match="setting 'overlap' differs"):
+        make_optimizer(make_model(), overlap=comm.rank == 0)
+    print("AGREED THAT THEY DIFFER")
+
+
+@BY_MPI
+def test_overlap_is_the_same_on_all_ranks(run_ranks: Any) -> None:
+    assert run_ranks(2, set_overlap_on_one_rank).output.count("AGREED THAT THEY DIFFER") == 2
