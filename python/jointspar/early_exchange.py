@@ -23,6 +23,7 @@ class EarlyExchange:
     travels, among simulated ranks or with one, the exchange is left to `wait`.
 
     begin: makes the step's sum, from the plan of all ranks. agree: meets all ranks, before its first bucket.
+    Raises JointSparError where the transport is bound to this thread.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class EarlyExchange:
     ) -> None:
         self._transport, self._parameters, self._begin, self._agree = transport, parameters, begin, agree
         self._is_threaded = transport.world_size > 1 and not transport.is_simulated
+        if self._is_threaded and not transport.can_change_threads:
+            raise JointSparError("overlap=True needs an MPI that was started with MPI_THREAD_SERIALIZED or more")
         self._thread = ThreadPoolExecutor(1, "jointspar", torch.set_num_threads, (torch.get_num_threads(),))
         self._is_paused = False
         self._forget()
@@ -133,7 +136,7 @@ class EarlyExchange:
             raise
         if self._is_threaded:
             atexit.register(self._complete_at_exit)  # runs before those of the agreement and the transport
-        self._missing = [total.positions_to_compute(bucket) for bucket in range(len(total.buckets))]
+        self._missing = [total.positions_to_compute(bucket) for bucket in range(len(total.layout.buckets))]
         self._submit(lambda: self._agree(total))
 
     def _pack_while_full(self) -> None:

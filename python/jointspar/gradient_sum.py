@@ -35,25 +35,24 @@ class GradientSum:
         self._wanted, self._scales = wanted, scales
         self.layout, self.counts, self.sent_before = layout, counts, sent_before
         self.packed = packer.buffer(layout)
-        self.buckets = packer.buckets(layout)
         self.exchange_name = chooser.choose(_slices(layout))  # one for all buckets
         self._norms: list[torch.Tensor | np.ndarray] = []  # by bucket
 
     def positions_to_compute(self, bucket: int) -> set[int]:
         """The parameters of a bucket whose gradients this rank computes."""
-        positions = self.buckets[bucket].positions
+        positions = self.layout.buckets[bucket].positions
         return set(positions[self._wanted[positions]].tolist())
 
     def pack_next(self) -> int:
         """Pack this rank's gradients of the next bucket, scaled, zeros for what others compute; the bucket's number."""
         bucket = len(self._norms)
-        _, squared_norms = self._packer.pack(self.buckets[bucket], self._wanted, self._scales)
+        _, squared_norms = self._packer.pack(self.layout.buckets[bucket], self._wanted, self._scales)
         self._norms.append(squared_norms)
         return bucket
 
     @property
     def is_packed(self) -> bool:
-        return len(self._norms) == len(self.buckets)
+        return len(self._norms) == len(self.layout.buckets)
 
     def squared_norms(self) -> torch.Tensor | np.ndarray:
         """float64 [num_slices]: of this rank's gradients before they were scaled, once all are packed."""
@@ -61,7 +60,7 @@ class GradientSum:
 
     def exchange(self, bucket: int) -> None:
         """Sum a packed bucket over the ranks, in place. Collective."""
-        layout = self.buckets[bucket]
+        layout = self.layout.buckets[bucket]
         packed, slices = self._packer.buffer(layout), _slices(layout)
         self._chooser.exchange(self.exchange_name, packed, what=self._what, slices=slices)
 

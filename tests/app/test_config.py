@@ -91,6 +91,7 @@ def test_short_floats_on_the_wire_take_an_exchange_but_no_other_dtype() -> None:
         ({"lr": 0.1, "base_lr": 0.1}, "exclude each other"),
         ({"momentum": 1.0}, "--momentum"),
         ({"momentum": 0.0, "nesterov": True}, "--nesterov needs"),
+        ({"method": "topk", "overlap": True}, "--overlap: --method topk takes all gradients at once"),
         ({"weight_decay": -1e-4}, "--weight-decay"),
         ({"milestones": (20.0, 10.0)}, "--milestones"),
         ({"dense_epochs": 30.0}, "--dense-epochs 30 of 30 epochs leaves none"),

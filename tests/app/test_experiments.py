@@ -131,6 +131,7 @@ def test_flags_say_what_the_list_says(tmp_path: Path) -> None:
         "shift": True,
         "milestones": [1, 2.5],
         "nesterov": False,
+        "overlap": False,
     }
     content = {**MINIMAL, "experiments": [{"name": "one", "simulate_workers": 3, "runs": {"a b": settings}}]}
     (run,) = runs.runs_of(parse_list("L", content), tmp_path)

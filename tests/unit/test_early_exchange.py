@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import types
 import weakref
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import jointspar as js
 from jointspar import pipeline
+from jointspar.early_exchange import EarlyExchange
 from jointspar.errors import JointSparError
+from jointspar.step.packing import Packer
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +47,26 @@ def test_buckets_hold_every_slice_once_and_the_last_parameters_first() -> None:
     model = make_model()
     optimizer = make_optimizer(model, sampling=js.Sampling(budget=1.0, strategy="shared"))
     total = optimizer._pipeline._begin_sum(grad_scale=1.0)
-    positions = [bucket.positions.tolist() for bucket in total.buckets]
-    # From the last: 12 bytes; 108, 140; 396; 428, 460, 492; 684. A bucket is what ends within the same 100 bytes.
-    assert positions == [[7], [5, 6], [4], [1, 2, 3], [0]]
-    starts = [bucket.start for bucket in total.buckets]
+    positions = [bucket.positions.tolist() for bucket in total.layout.buckets]
+    # From the last, in bytes: 12 + 96; 32 + 256; 32 + 32 + 32 + 192.
+    assert positions == [[6, 7], [4, 5], [0, 1, 2, 3]]
+    starts = [bucket.start for bucket in total.layout.buckets]
     assert starts == sorted(starts) and starts[0] == 0
-    assert starts[-1] + total.buckets[-1].total == total.layout.total == sum(p.numel() for p in model.parameters())
+    assert (
+        starts[-1] + total.layout.buckets[-1].total == total.layout.total == sum(p.numel() for p in model.parameters())
+    )
+
+
+def test_a_bucket_gives_each_rank_about_as_much_to_send() -> None:
+    parameters = [torch.zeros(size) for size in (25, 50, 25, 25, 25, 30)]
+    packer = Packer(parameters, list("abcdef"), None, bucket_bytes=100)
+    computed = np.array([[1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]], dtype=bool)
+    # From the last: 0/120, then 100/120, which is even; 100/0, 100/100; 0/200, and the rest.
+    layout = packer.layout(computed)
+    assert [bucket.positions.tolist() for bucket in layout.buckets] == [[4, 5], [3, 2], [0, 1]]
+    everything = packer.layout(np.ones((2, 6), dtype=bool))
+    assert [bucket.positions.tolist() for bucket in everything.buckets] == [[5], [4], [3], [2], [1], [0]]
+    assert [bucket.positions.tolist() for bucket in packer.layout(np.zeros((2, 6), dtype=bool)).buckets] == [[]]
 
 
 @pytest.mark.parametrize("strategy", ["stratified", "independent", "shared"])
@@ -241,3 +259,10 @@ def test_what_does_not_go_together_is_refused() -> None:
     optimizer.grad_scale = torch.tensor(2.0)
     with pytest.raises(JointSparError, match="GradScaler"):
         optimizer.step()
+
+
+def test_a_transport_that_is_bound_to_one_thread_is_refused() -> None:
+    transport = types.SimpleNamespace(world_size=2, is_simulated=False, can_change_threads=False)
+    nothing: Any = None
+    with pytest.raises(JointSparError, match="MPI_THREAD_SERIALIZED"):
+        EarlyExchange(cast(Any, transport), [], nothing, nothing)

@@ -52,7 +52,7 @@ def settings_cases() -> Iterator[Case]:
         for label, value in (NO_NUMBER | OUT_OF_RANGE).items():
             yield Case(argument, label, kinds, lambda kind, a=argument, v=value: kind(pairs(), **{a: v}))
     tables = {
-        "nesterov": NO_FLAG, "inactive": NO_NAME, "check_every": NO_COUNT,
+        "nesterov": NO_FLAG, "overlap": NO_FLAG, "inactive": NO_NAME, "check_every": NO_COUNT,
         "exchange": NO_NAME, "sampling": {"text": "shared", "number": 0.5, "dict": {}, "class": js.Sampling},
         "comm": {"text": "mpi", "number": 2, "dict": {}}, "wire_dtype": {"text": "int8", "number": 4, "list": []},
     }  # fmt: skip

@@ -22,6 +22,7 @@ class LocalTransport:
         self.timeout = float("inf")
         self.bytes_sent = 0
         self.is_simulated = False
+        self.can_change_threads = True
         self.eager_bytes: int | None = None
         self.is_closed = False
         self._unusable: str | None = None

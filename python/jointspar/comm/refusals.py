@@ -15,6 +15,7 @@ class CheckedTransport:
     """The part of a `Transport` that moves nothing. library: in errors, "MPI"."""
 
     is_simulated = False
+    can_change_threads = True
     eager_bytes: int | None = None
 
     def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float) -> None:

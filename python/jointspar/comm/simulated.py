@@ -73,6 +73,7 @@ class SimulatedTransport(CheckedTransport):
     """
 
     is_simulated = True
+    can_change_threads = False
 
     def __init__(self, world: _World, rank: int) -> None:
         super().__init__(library="simulation", name="simulated", rank=rank, world_size=world.size, timeout=float("inf"))

@@ -45,6 +45,7 @@ class Transport(Protocol):
     eager_bytes: int | None  # longer messages wait for an answer, which may wait behind other messages; None: no matter
     bytes_sent: int  # grows by what this rank hands over for sending, headers included
     is_simulated: bool  # nothing travels, so its times say nothing of a network
+    can_change_threads: bool  # another thread may go on with it, one at a time
 
     @property
     def is_closed(self) -> bool:

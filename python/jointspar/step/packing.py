@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 
 from jointspar import ops
 from jointspar.arguments import dtype_name
+
+_EVEN = 1.25  # a bucket's bytes of the busiest rank, over those of the mean rank
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class PackedLayout:
     sizes: np.ndarray  # int64 [num_slices], elements
     computed: np.ndarray  # bool [world_size, num_slices]
     start: int = 0  # elements of the buffer before the first slice
+    buckets: tuple[PackedLayout, ...] = ()  # parts of this, in the order in which backward is expected to finish them
 
     @property
     def total(self) -> int:
@@ -38,8 +41,8 @@ class PackedLayout:
 class Packer:
     """Packs the gradients of active layers into a buffer that is allocated once.
 
-    bucket_bytes: about as much is one part of the buffer, the last parameters, whose gradients come first, at its
-    beginning; None: the buffer is one part, in the order of the parameters.
+    bucket_bytes: the buffer is cut into parts for which each rank has computed at least about as much, the last
+    parameters, whose gradients come first, at its beginning; None: the buffer is one part.
     """
 
     def __init__(
@@ -56,10 +59,7 @@ class Packer:
         exact = torch.float64 if wide else torch.float32
         self.wire_dtype = exact if wire_dtype is None else getattr(torch, dtype_name("wire_dtype", wire_dtype))
         self._buffer = torch.empty(0, dtype=self.wire_dtype, device=parameters[0].device)
-        self._bucket_of = np.zeros(len(parameters), dtype=np.int64)
-        if bucket_bytes is not None:
-            ends = np.cumsum(self._sizes[::-1])[::-1] * self.wire_dtype.itemsize
-            self._bucket_of = (ends - 1) // bucket_bytes
+        self._bucket_bytes = bucket_bytes
         self._warned: set[int] = set()
 
     def dense_bytes(self, trainable: np.ndarray) -> int:
@@ -73,15 +73,27 @@ class Packer:
         computed: bool [world_size, num_parameters].
         """
         positions = np.flatnonzero(computed.any(axis=0))
-        positions = positions[np.lexsort([*computed[:, positions], self._bucket_of[positions]])]
-        return PackedLayout(positions, self._sizes[positions], computed[:, positions])
+        numbers = self._bucket_numbers(positions, computed[:, positions])
+        order = np.lexsort([*computed[:, positions], numbers])
+        positions, numbers = positions[order], numbers[order]
+        whole = PackedLayout(positions, self._sizes[positions], computed[:, positions])
+        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), positions.size]
+        return replace(whole, buckets=tuple(whole.part(first, last) for first, last in pairwise(cuts)))
 
-    def buckets(self, layout: PackedLayout) -> list[PackedLayout]:
-        """A layout's parts, at least one, in the order in which backward is expected to finish them."""
-        if layout.positions.size == 0:
-            return [layout]
-        starts = np.unique(self._bucket_of[layout.positions], return_index=True)[1].tolist()
-        return [layout.part(first, last) for first, last in pairwise([*starts, layout.positions.size])]
+    def _bucket_numbers(self, positions: np.ndarray, computed: np.ndarray) -> np.ndarray:
+        """int64 [len(positions)]. A bucket that one rank has computed alone would fill one direction of a link."""
+        numbers = np.zeros(positions.size, dtype=np.int64)
+        if self._bucket_bytes is None:
+            return numbers
+        of_rank = np.cumsum((computed * self._sizes[positions])[:, ::-1], axis=1) * self.wire_dtype.itemsize
+        before = np.zeros((len(computed), 1), dtype=np.int64)
+        while True:
+            longest, mean = (of_rank - before).max(axis=0), (of_rank - before).mean(axis=0)
+            ends = np.flatnonzero((longest >= self._bucket_bytes) & (longest <= _EVEN * mean))
+            if ends.size == 0:
+                return numbers
+            numbers[: positions.size - 1 - ends[0]] += 1
+            before = of_rank[:, ends[0], None]
 
     def buffer(self, layout: PackedLayout) -> torch.Tensor:
         """The memory of a layout, [layout.total] of the wire dtype; of a part, that part's."""

@@ -101,6 +101,7 @@ class TrainConfig:
     inactive: str | None = None
     wire_dtype: str | None = None
     exchange: str | None = None
+    overlap: bool = False
     compression_ratio: float | None = None
     qsgd_levels: int | None = None
     powersgd_rank: int | None = None
@@ -190,6 +191,8 @@ class TrainConfig:
                     f"{flag(name)} does not act with --method {self.method}, which says itself what is sent: "
                     "leave it out, or use another method"
                 )
+        if self.overlap and method.compressor:
+            raise ValueError(f"--overlap: --method {self.method} takes all gradients at once: leave one of them out")
         if self.compression_ratio is not None and not 0 < self.compression_ratio <= 1:
             raise ValueError(f"--compression-ratio must be in (0, 1], got {self.compression_ratio}")
         if self.qsgd_levels is not None and not 1 <= self.qsgd_levels <= MOST_QSGD_LEVELS:

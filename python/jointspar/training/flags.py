@@ -112,6 +112,9 @@ def _add_exchange_flags(wire: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="how gradients are summed over the ranks: auto (default), allreduce, ring, two_shot",
     )
+    wire.add_argument(
+        "--overlap", action="store_true", help="exchange gradients while backward computes the next (for slow links)"
+    )
 
 
 def _add_peer_flags(peers: argparse._ArgumentGroup) -> None:

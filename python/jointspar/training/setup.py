@@ -107,6 +107,7 @@ def make_optimizer(
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
         "nesterov": config.nesterov,
+        "overlap": config.overlap,
         "sampling": sampling,
         "comm": comm,
     }
