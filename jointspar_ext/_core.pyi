@@ -23,6 +23,7 @@ def sample_layers(
     world_size: int,
     strategy: str,
     draw: str,
+    run_length: int | None = None,
 ) -> NDArray[np.bool_]: ...
 def project_probabilities(log_weights: NDArray[np.float64], *, budget: float, p_min: float) -> NDArray[np.float64]: ...
 def update_probabilities(

@@ -28,6 +28,7 @@ def sample_layers(
     world_size: int,
     strategy: str,
     draw: str,
+    run_length: int | None = None,
 ) -> None: ...
 def project_probabilities(
     log_weights: Any, probabilities: Any, device: int, stream: int, *, budget: float, p_min: float

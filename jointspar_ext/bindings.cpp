@@ -29,7 +29,8 @@ PYBIND11_MODULE(_core, m) {
     m.doc() = "Kernels of jointspar. Arrays are torch tensors or NumPy arrays; see jointspar.ops for their meaning.";
     m.attr("build_info") = build_info();
     m.def("sample_layers", &jointspar::sample_layers, "probabilities"_a, py::kw_only(), "seed"_a, "step"_a, "rank"_a,
-          "world_size"_a, "strategy"_a, "draw"_a, "The layers that this rank computes: bool [num_layers].");
+          "world_size"_a, "strategy"_a, "draw"_a, "run_length"_a = py::none(),
+          "The layers that this rank computes: bool [num_layers].");
     m.def("project_probabilities", &jointspar::project_probabilities, "log_weights"_a, py::kw_only(), "budget"_a,
           "p_min"_a, "The nearest distribution with sum budget and entries in [p_min, 1]: float64 [num_layers].");
     m.def("update_probabilities", &jointspar::update_probabilities, "probabilities"_a, "squared_norms"_a, "active"_a,

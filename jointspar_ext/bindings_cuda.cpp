@@ -13,7 +13,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("build_info") = py::dict("version"_a = JOINTSPAR_VERSION, "compiler"_a = JOINTSPAR_CUDA_COMPILER,
                                     "architectures"_a = JOINTSPAR_CUDA_ARCHITECTURES);
     m.def("sample_layers", &jointspar::sample_layers_on_device, "probabilities"_a, "active"_a, "device"_a, "stream"_a,
-          py::kw_only(), "seed"_a, "step"_a, "rank"_a, "world_size"_a, "strategy"_a, "draw"_a);
+          py::kw_only(), "seed"_a, "step"_a, "rank"_a, "world_size"_a, "strategy"_a, "draw"_a,
+          "run_length"_a = py::none());
     m.def("project_probabilities", &jointspar::project_probabilities_on_device, "log_weights"_a, "probabilities"_a,
           "device"_a, "stream"_a, py::kw_only(), "budget"_a, "p_min"_a);
     m.def("update_probabilities", &jointspar::update_probabilities_on_device, "probabilities"_a, "squared_norms"_a,

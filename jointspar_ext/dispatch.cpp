@@ -15,11 +15,11 @@ namespace jointspar {
 
 Vector<bool> sample_layers(const Vector<double>& probabilities, std::uint64_t seed, std::uint32_t step,
                            std::uint32_t rank, std::uint32_t world_size, const std::string& strategy,
-                           const std::string& draw) {
+                           const std::string& draw, const std::optional<std::uint64_t>& run_length) {
     const std::int64_t num_layers = checked_length(probabilities, "probabilities");
     std::vector<std::uint8_t> active(static_cast<std::size_t>(num_layers));
     sample_layers_cpu(probabilities.data(), num_layers, seed, step, rank, world_size, parse_strategy(strategy),
-                      parse_draw(draw), active.data());
+                      parse_draw(draw), parse_run_length(run_length), active.data());
     Vector<bool> result(num_layers);
     std::copy(active.begin(), active.end(), result.mutable_data());
     return result;

@@ -14,7 +14,7 @@ namespace jointspar {
 
 Vector<bool> sample_layers(const Vector<double>& probabilities, std::uint64_t seed, std::uint32_t step,
                            std::uint32_t rank, std::uint32_t world_size, const std::string& strategy,
-                           const std::string& draw);
+                           const std::string& draw, const std::optional<std::uint64_t>& run_length);
 Vector<double> project_probabilities(const Vector<double>& log_weights, double budget, double p_min);
 pybind11::tuple update_probabilities(const Vector<double>& probabilities, const Vector<double>& squared_norms,
                                      const Vector<bool>& active, const Vector<double>& drawn_probabilities,

@@ -42,13 +42,14 @@ std::uint8_t* read_flags(ArrayReader& reader, py::handle object, const char* nam
 
 void sample_layers_on_device(py::handle probabilities, py::handle active, std::int32_t device, std::uintptr_t stream,
                              std::uint64_t seed, std::uint32_t step, std::uint32_t rank, std::uint32_t world_size,
-                             const std::string& strategy, const std::string& draw) {
+                             const std::string& strategy, const std::string& draw,
+                             const std::optional<std::uint64_t>& run_length) {
     ArrayReader reader(device);
     const DeviceVector p = read_vector(reader, probabilities, "probabilities", Access::kRead);
     std::uint8_t* const is_active = read_flags(reader, active, "active", Access::kWrite, p.size);
     reader.check_no_overlap();
     sample_layers_cuda(p.data, p.size, seed, step, rank, world_size, parse_strategy(strategy), parse_draw(draw),
-                       is_active, queue_of(device, stream));
+                       parse_run_length(run_length), is_active, queue_of(device, stream));
 }
 
 void project_probabilities_on_device(py::handle log_weights, py::handle probabilities, std::int32_t device,

@@ -17,7 +17,8 @@ namespace jointspar {
 // probabilities float64 [num_layers], active bool [num_layers], written
 void sample_layers_on_device(pybind11::handle probabilities, pybind11::handle active, std::int32_t device,
                              std::uintptr_t stream, std::uint64_t seed, std::uint32_t step, std::uint32_t rank,
-                             std::uint32_t world_size, const std::string& strategy, const std::string& draw);
+                             std::uint32_t world_size, const std::string& strategy, const std::string& draw,
+                             const std::optional<std::uint64_t>& run_length);
 // log_weights, probabilities float64 [num_layers], probabilities written
 void project_probabilities_on_device(pybind11::handle log_weights, pybind11::handle probabilities, std::int32_t device,
                                      std::uintptr_t stream, double budget, double p_min);

@@ -122,6 +122,11 @@ Draw parse_draw(const std::string& draw) {
     return parse<Draw>("draw", draw, {{"bernoulli", Draw::kBernoulli}, {"systematic", Draw::kSystematic}});
 }
 
+std::uint64_t parse_run_length(const std::optional<std::uint64_t>& run_length) {
+    if (run_length == 0) throw py::value_error("run_length must be at least 1");
+    return run_length.value_or(0);
+}
+
 PackRequest read_pack(ArrayReader& reader, py::handle grads, const Vector<double>& scales,
                       const Vector<std::int64_t>& sizes, py::handle packed) {
     const std::vector<ArrayView> views = reader.read_list(grads, "grads", Access::kRead, true);

@@ -40,6 +40,8 @@ void check_packed_size(const ArrayView& packed, const char* name, std::int64_t t
 
 Strategy parse_strategy(const std::string& strategy);
 Draw parse_draw(const std::string& draw);
+// None is 0, as sample_layers.h has it.
+std::uint64_t parse_run_length(const std::optional<std::uint64_t>& run_length);
 
 struct PackRequest {
     std::vector<PackSlice> slices;

@@ -6,15 +6,20 @@
 #include <stdexcept>
 
 #include "common/portable.h"
+#include "jointspar/sample_layers.h"
 
 namespace jointspar {
 
-inline void check_draw(int64_t num_layers, uint32_t rank, uint32_t world_size) {
+inline void check_draw(int64_t num_layers, uint32_t rank, uint32_t world_size, Draw draw, uint64_t run_length) {
     constexpr int64_t kMaxLayers = int64_t{1} << 32;       // a layer is one counter word
     constexpr uint32_t kMaxWorldSize = uint32_t{1} << 24;  // see rotated_offset
     if (num_layers < 0 || num_layers > kMaxLayers) throw std::invalid_argument("probabilities has too many layers");
     if (world_size < 1 || world_size > kMaxWorldSize) throw std::invalid_argument("world_size must be in [1, 2^24]");
     if (rank >= world_size) throw std::invalid_argument("rank must be below world_size");
+    if (run_length >> 32 != 0) throw std::invalid_argument("run_length must be below 2^32");
+    if (draw == Draw::kBernoulli && run_length != 0) {
+        throw std::invalid_argument("run_length: does not act with draw='bernoulli'; leave it out");
+    }
 }
 
 // 0 < p_min <= budget / num_layers <= 1 within 1e-9 * max(1, budget)

@@ -41,12 +41,17 @@ JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE bool comes_before(uint64_t key, int64_t i
 struct RandomBits {
     uint64_t seed;
     uint32_t step;
-    uint32_t rank;  // kAllRanks where the draw is common to all
+    uint32_t rank;        // kAllRanks where the draw is common to all
+    uint64_t run_length;  // 0, or how many consecutive layers are shuffled among themselves
 
     JOINTSPAR_HOST_DEVICE uint64_t at(int64_t index, Purpose purpose) const {
         return random_bits(seed, step, rank, static_cast<uint32_t>(index), purpose);
     }
-    JOINTSPAR_HOST_DEVICE uint64_t layer_key(int64_t layer) const { return at(layer, Purpose::kLayerOrder); }
+    JOINTSPAR_HOST_DEVICE uint64_t layer_key(int64_t layer) const {
+        const uint64_t bits = at(layer, Purpose::kLayerOrder);
+        if (run_length == 0) return bits;
+        return (static_cast<uint64_t>(layer) / run_length) << 32 | bits >> 32;
+    }
 
     // How many of the ranks first, first + stride, ... come before `rank` in the random order of all ranks. With all of
     // them (0, 1): pi(rank), its position.

@@ -19,8 +19,7 @@ void check_probabilities(const double* probabilities, std::int64_t num_layers) {
     }
 }
 
-std::vector<std::pair<std::uint64_t, std::int64_t>> random_layer_order(const RandomBits& random,
-                                                                       std::int64_t num_layers) {
+std::vector<std::pair<std::uint64_t, std::int64_t>> layer_order(const RandomBits& random, std::int64_t num_layers) {
     std::vector<std::pair<std::uint64_t, std::int64_t>> order(static_cast<std::size_t>(num_layers));
     for (std::int64_t d = 0; d < num_layers; ++d) order[static_cast<std::size_t>(d)] = {random.layer_key(d), d};
     std::sort(order.begin(), order.end());
@@ -30,7 +29,7 @@ std::vector<std::pair<std::uint64_t, std::int64_t>> random_layer_order(const Ran
 void draw_systematic(const double* probabilities, std::int64_t num_layers, const RandomBits& random,
                      std::uint64_t offset, std::uint8_t* active) {
     std::uint64_t sum = offset;
-    for (const auto& [key, d] : random_layer_order(random, num_layers)) {
+    for (const auto& [key, d] : layer_order(random, num_layers)) {
         const std::uint64_t fixed_p = fixed_probability(probabilities[d]);
         active[d] = crosses_integer(sum, fixed_p);
         sum += fixed_p;
@@ -41,10 +40,10 @@ void draw_systematic(const double* probabilities, std::int64_t num_layers, const
 
 void sample_layers_cpu(const double* probabilities, std::int64_t num_layers, std::uint64_t seed, std::uint32_t step,
                        std::uint32_t rank, std::uint32_t world_size, Strategy strategy, Draw draw,
-                       std::uint8_t* active) {
-    check_draw(num_layers, rank, world_size);
+                       std::uint64_t run_length, std::uint8_t* active) {
+    check_draw(num_layers, rank, world_size, draw, run_length);
     check_probabilities(probabilities, num_layers);
-    const RandomBits random{seed, step, strategy == Strategy::kIndependent ? rank : kAllRanks};
+    const RandomBits random{seed, step, strategy == Strategy::kIndependent ? rank : kAllRanks, run_length};
     const bool stratified = strategy == Strategy::kStratified;
     const std::uint32_t position = stratified ? random.num_ranks_before(rank, world_size, 0, 1) : 0;
     if (draw == Draw::kSystematic) {

@@ -6,8 +6,9 @@
 namespace jointspar {
 
 void sample_layers_cuda(const double* probabilities, int64_t num_layers, uint64_t seed, uint32_t step, uint32_t rank,
-                        uint32_t world_size, Strategy strategy, Draw draw, uint8_t* active, const DeviceQueue& queue) {
-    check_draw(num_layers, rank, world_size);
+                        uint32_t world_size, Strategy strategy, Draw draw, uint64_t run_length, uint8_t* active,
+                        const DeviceQueue& queue) {
+    check_draw(num_layers, rank, world_size, draw, run_length);
     if (num_layers == 0) return;
     const DeviceGuard guard(queue);
     const bool is_systematic = draw == Draw::kSystematic;
@@ -18,7 +19,8 @@ void sample_layers_cuda(const double* probabilities, int64_t num_layers, uint64_
     const auto kernel = is_systematic ? sample_systematic_kernel : sample_bernoulli_kernel;
     const RelaxedCapture relaxed;
     launch(is_systematic ? "sample_systematic_kernel" : "sample_bernoulli_kernel", kernel, {num_blocks, kDrawThreads},
-           queue, probabilities, num_layers, seed, step, random_rank, is_stratified, rank, world_size, active);
+           queue, probabilities, num_layers, seed, step, random_rank, run_length, is_stratified, rank, world_size,
+           active);
 }
 
 }  // namespace jointspar

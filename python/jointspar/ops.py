@@ -98,6 +98,7 @@ def sample_layers(
     world_size: int = 1,
     strategy: str = "independent",
     draw: str = "systematic",
+    run_length: int | None = None,
     out: Array | None = None,
 ) -> Array:
     """Draw the active layers of one rank; P(active[d]) = probabilities[d] exactly.
@@ -111,10 +112,14 @@ def sample_layers(
         probabilities: float64 [num_layers], in [0, 1].
         seed: 0 <= seed < 2**64.
         step: 0 <= step < 2**32.
+        run_length: 1 <= run_length < 2**32, with draw="systematic" only. None walks the layers in random order, n in
+            their own order, shuffled only within runs of n consecutive ones (the last may be shorter). Layers sorted
+            by size then give sets that are nearly equal in size over ranks and steps: each stretch of the walk whose
+            probabilities sum to one yields exactly one layer. Shuffling within runs keeps the sets random.
         out: bool [num_layers], written and returned.
 
     Returns: bool [num_layers].
-    Source: Liu & Mozafari 2022, Algorithm 2; systematic and stratified draws are extensions.
+    Source: Liu & Mozafari 2022, Algorithm 2; systematic and stratified draws and runs are extensions.
     """
     serving, place = _serving(probabilities)
     if place is None:
@@ -131,6 +136,7 @@ def sample_layers(
         world_size=world_size,
         strategy=_one_of("strategy", strategy, STRATEGIES),
         draw=_one_of("draw", draw, DRAWS),
+        run_length=None if run_length is None else whole_number("run_length", run_length, 1, 2**32 - 1),
     )
     return copy_to("out", out, active) if out is not None else like(probabilities, active)
 

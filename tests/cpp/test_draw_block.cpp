@@ -18,8 +18,11 @@ struct Arguments {
     uint32_t world_size;
     Strategy strategy;
     Draw draw;
+    uint64_t run_length;
 
-    RandomBits random() const { return {seed, step, strategy == Strategy::kIndependent ? rank : kAllRanks}; }
+    RandomBits random() const {
+        return {seed, step, strategy == Strategy::kIndependent ? rank : kAllRanks, run_length};
+    }
     bool is_stratified() const { return strategy == Strategy::kStratified; }
 };
 
@@ -28,7 +31,8 @@ using Bits = std::vector<uint8_t>;
 Bits draw_by_cpu(const std::vector<double>& probabilities, const Arguments& arguments) {
     Bits active(probabilities.size(), 2);
     sample_layers_cpu(probabilities.data(), static_cast<int64_t>(probabilities.size()), arguments.seed, arguments.step,
-                      arguments.rank, arguments.world_size, arguments.strategy, arguments.draw, active.data());
+                      arguments.rank, arguments.world_size, arguments.strategy, arguments.draw, arguments.run_length,
+                      active.data());
     return active;
 }
 
@@ -82,10 +86,28 @@ TEST(blocks_draw_the_bits_of_the_cpu_kernel) {
             for (const Draw draw : {Draw::kBernoulli, Draw::kSystematic}) {
                 const auto world_size = static_cast<uint32_t>(1 + engine() % (engine() % 2 ? 4 : 1000));
                 const auto rank = static_cast<uint32_t>(engine() % world_size);
-                const Arguments arguments{engine(), static_cast<uint32_t>(engine()), rank, world_size, strategy, draw};
+                Arguments arguments{engine(), static_cast<uint32_t>(engine()), rank, world_size, strategy, draw, 0};
                 CHECK(draw_by_blocks(probabilities, arguments) == draw_by_cpu(probabilities, arguments));
+                if (draw == Draw::kBernoulli) continue;
+                for (const uint64_t run_length : {3u, 5000u}) {
+                    arguments.run_length = run_length;
+                    CHECK(draw_by_blocks(probabilities, arguments) == draw_by_cpu(probabilities, arguments));
+                }
             }
         }
+    }
+}
+
+TEST(a_layer_key_is_its_run_and_the_upper_half_of_its_random_bits) {
+    const auto key_of = [](uint64_t layer, uint64_t run_length) {
+        return RandomBits{5, 6, 7, run_length}.layer_key(static_cast<int64_t>(layer));
+    };
+    const uint64_t last = 0xFFFFFFFF;
+    for (const uint64_t layer : {uint64_t{0}, uint64_t{1}, uint64_t{10}, last}) {
+        const uint64_t half = key_of(layer, 0) >> 32;
+        CHECK(key_of(layer, 1) == (layer << 32 | half));
+        CHECK(key_of(layer, 10) == (layer / 10 << 32 | half));
+        CHECK(key_of(layer, last) == (uint64_t{layer == last} << 32 | half));
     }
 }
 
@@ -113,7 +135,7 @@ TEST(probabilities_outside_of_0_to_1_take_always_or_never) {
     for (const Strategy strategy : {Strategy::kIndependent, Strategy::kStratified}) {
         for (const Draw draw : {Draw::kBernoulli, Draw::kSystematic}) {
             for (uint32_t step = 0; step < 2; ++step) {
-                const Arguments arguments{3, step, 1, 4, strategy, draw};
+                const Arguments arguments{3, step, 1, 4, strategy, draw, 0};
                 CHECK(draw_by_blocks(always, arguments) == Bits(always.size(), 1));
                 CHECK(draw_by_blocks(never, arguments) == Bits(never.size(), 0));
             }

@@ -31,12 +31,17 @@ TEST(draws_on_a_device_have_the_bits_of_the_cpu) {
         for (const Strategy strategy : {Strategy::kIndependent, Strategy::kStratified, Strategy::kShared}) {
             for (const Draw draw : {Draw::kBernoulli, Draw::kSystematic}) {
                 const std::vector<double> p = random_doubles(num_layers, 0.0, 1.0, ++seed);
-                std::vector<uint8_t> expected(p.size());
-                std::vector<uint8_t> found(p.size(), 7);
-                sample_layers_cpu(p.data(), num_layers, 12345 + seed, seed, 2, 5, strategy, draw, expected.data());
-                sample_layers_cuda(p.data(), num_layers, 12345 + seed, seed, 2, 5, strategy, draw, found.data(), queue);
-                finish(queue);
-                CHECK(found == expected);
+                for (const uint64_t run_length : {0u, 1u, 3u, 2000u}) {
+                    if (draw == Draw::kBernoulli && run_length != 0) continue;
+                    std::vector<uint8_t> expected(p.size());
+                    std::vector<uint8_t> found(p.size(), 7);
+                    sample_layers_cpu(p.data(), num_layers, 12345 + seed, seed, 2, 5, strategy, draw, run_length,
+                                      expected.data());
+                    sample_layers_cuda(p.data(), num_layers, 12345 + seed, seed, 2, 5, strategy, draw, run_length,
+                                       found.data(), queue);
+                    finish(queue);
+                    CHECK(found == expected);
+                }
             }
         }
     }

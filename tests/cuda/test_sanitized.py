@@ -55,6 +55,8 @@ def test_streaming_operations_run_on_every_pair_of_dtypes(
 def test_draws_run_at_every_size(num_layers: int, strategy: str, draw: str) -> None:
     p = torch.full((num_layers,), 0.5, dtype=torch.float64, device=DEVICE)
     active = ops.sample_layers(p, seed=1, step=2, rank=1, world_size=5, strategy=strategy, draw=draw)
+    if draw == "systematic":
+        ops.sample_layers(p, seed=1, step=2, rank=1, world_size=5, strategy=strategy, run_length=3)
     q = ops.project_probabilities(torch.log(p), budget=0.5 * num_layers, p_min=0.1)
     assert active.shape == q.shape
     torch.testing.assert_close(q, p)

@@ -188,6 +188,8 @@ def test_malformed_calls_are_refused_before_anything_is_launched(cupy: FakeCupy)
         ("rank", lambda: cupy_jit.sample_layers(p, active, **at, **{**draw, "rank": 1})),
         ("world_size", lambda: cupy_jit.sample_layers(p, active, **at, **{**draw, "world_size": 2**24 + 1})),
         ("strategy", lambda: cupy_jit.sample_layers(p, active, **at, **{**draw, "strategy": "best"})),
+        ("run_length", lambda: cupy_jit.sample_layers(p, active, **at, **draw, run_length=2)),
+        ("run_length", lambda: cupy_jit.sample_layers(p, active, **at, **{**draw, "draw": "systematic"}, run_length=0)),
         ("budget", lambda: cupy_jit.project_probabilities(p, q, **at, budget=4.5, p_min=0.1)),
         ("p_min", lambda: cupy_jit.project_probabilities(p, q, **at, budget=2.0, p_min=0.0)),
         ("overlaps", lambda: cupy_jit.project_probabilities(p, p, **at, budget=2.0, p_min=0.1)),

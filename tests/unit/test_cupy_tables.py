@@ -244,15 +244,19 @@ def test_a_group_reads_its_own_rates(cupy: FakeCupy) -> None:
     assert [first.arguments[5] - rates.arguments[7], second.arguments[5] - rates.arguments[7]] == [0, 2 * 16]
 
 
-@pytest.mark.parametrize(("draw", "num_blocks"), [("systematic", 10), ("bernoulli", 2)])
+@pytest.mark.parametrize(
+    ("draw", "run_length", "num_blocks"),
+    [("systematic", None, 10), ("systematic", 2**32 - 1, 10), ("bernoulli", None, 2)],
+)
 @pytest.mark.parametrize(("strategy", "random_rank"), [("independent", 3), ("stratified", 2**32 - 1)])
-def test_the_arguments_of_a_draw(cupy: FakeCupy, draw: str, num_blocks: int, strategy: str, random_rank: int) -> None:
+def test_the_arguments_of_a_draw(
+    cupy: FakeCupy, draw: str, run_length: int | None, num_blocks: int, strategy: str, random_rank: int
+) -> None:
     p = cupy.array(np.full(300, 0.5), "float64")
     active = on_device().sample_layers(
-        p, seed=2**64 - 1, step=2**32 - 1, rank=3, world_size=8, strategy=strategy, draw=draw
+        p, seed=2**64 - 1, step=2**32 - 1, rank=3, world_size=8, strategy=strategy, draw=draw, run_length=run_length
     )
     (launch,) = cupy.launches
     assert launch[:3] == (f"jointspar::sample_{draw}_kernel", num_blocks, 256)
-    is_stratified = strategy == "stratified"
-    expected = (p.data.ptr, 300, 2**64 - 1, 2**32 - 1, random_rank, is_stratified, 3, 8, active.data.ptr)
-    assert launch.arguments == expected
+    random_bits = (2**64 - 1, 2**32 - 1, random_rank, run_length or 0)
+    assert launch.arguments == (p.data.ptr, 300, *random_bits, strategy == "stratified", 3, 8, active.data.ptr)

@@ -49,6 +49,10 @@ def scalar_cases() -> Iterator[Case]:
     yield from wrong("sample_layers", "step", {"2**32": 2**32})
     yield from wrong("sample_layers", "rank", {"world_size": 4, "above": 5})
     yield from wrong("sample_layers", "world_size", {"zero": 0, "2**31": 2**31})
+    not_a_run_length = {label: value for label, value in NOT_WHOLE.items() if label != "none"}  # the default
+    yield from wrong("sample_layers", "run_length", {**not_a_run_length, "zero": 0, "negative": -1, "2**32": 2**32})
+    bernoulli = {"draw": "bernoulli", "run_length": 2}
+    yield Case("sample_layers", "bernoulli", "run_length", "numpy", lambda _: bernoulli)
     for argument in ("strategy", "draw"):
         values = {"unknown": "best", "none": None, "number": 1, "empty": "", "case": "Shared", "list": ["shared"]}
         yield from wrong("sample_layers", argument, {**values, "array": np.array(["shared", "x"])})

@@ -23,6 +23,8 @@ def test_it_has_the_functions_and_argument_names_of_the_native_backend() -> None
 def test_draws_of_random_calls_are_the_bits_of_native(rng: np.random.Generator) -> None:
     for _ in range(2_000):
         world_size = int(rng.integers(1, 2 ** rng.integers(1, 12)))
+        draw = str(rng.choice(["bernoulli", "systematic"]))
+        has_runs = draw == "systematic" and rng.random() < 0.5
         p = rng.uniform(0, 1, rng.integers(0, 200)) ** rng.choice([1, 4])
         arguments = {
             "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
@@ -30,7 +32,8 @@ def test_draws_of_random_calls_are_the_bits_of_native(rng: np.random.Generator) 
             "rank": int(rng.integers(0, world_size)),
             "world_size": world_size,
             "strategy": str(rng.choice(["independent", "stratified", "shared"])),
-            "draw": str(rng.choice(["bernoulli", "systematic"])),
+            "draw": draw,
+            "run_length": int(rng.integers(1, 2 ** rng.integers(1, 33))) if has_runs else None,
         }
         drawn = numba_cpu.sample_layers(p, **arguments)
         np.testing.assert_array_equal(drawn, native.sample_layers(p, **arguments))

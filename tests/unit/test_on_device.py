@@ -198,11 +198,13 @@ def test_sgd_is_that_of_the_host(rng):
 
 
 @pytest.mark.parametrize("strategy", ops.STRATEGIES)
-@pytest.mark.parametrize("draw", ops.DRAWS)
-def test_draws_have_the_bits_of_the_host(rng, strategy, draw):
+@pytest.mark.parametrize(
+    ("draw", "run_length"), [("bernoulli", None), ("systematic", None), ("systematic", 2), ("systematic", 300)]
+)
+def test_draws_have_the_bits_of_the_host(rng, strategy, draw, run_length):
     for num_layers in (1, 60, 300):
         p = rng.uniform(0.0, 1.0, num_layers)
-        settings = dict(seed=5, step=3, rank=1, world_size=4, strategy=strategy, draw=draw)
+        settings = dict(seed=5, step=3, rank=1, world_size=4, strategy=strategy, draw=draw, run_length=run_length)
         found = ops.sample_layers(on_gpu(p, "float64"), **settings)
         assert read(found).tolist() == ops.sample_layers(p, **settings).tolist()
         into = on_gpu(np.zeros(num_layers), "bool")

@@ -17,6 +17,7 @@ from support import Arrays
 
 STRATEGIES = ("independent", "stratified", "shared")
 DRAWS = ("bernoulli", "systematic")
+DRAWS_AND_RUNS = [("bernoulli", None), ("systematic", None), ("systematic", 1), ("systematic", 2), ("systematic", 4)]
 every_kind = pytest.mark.parametrize(("strategy", "draw"), list(itertools.product(STRATEGIES, DRAWS)))
 
 
@@ -25,10 +26,17 @@ def sample(device: str, probabilities: np.ndarray, **arguments: Any) -> np.ndarr
     return ops.sample_layers(torch.tensor(probabilities, device=device), **arguments).cpu().numpy()
 
 
-def draw_many(probabilities: np.ndarray, num_steps: int, world_size: int, strategy: str, draw: str) -> np.ndarray:
+def draw_many(
+    probabilities: np.ndarray,
+    num_steps: int,
+    world_size: int,
+    strategy: str,
+    draw: str,
+    run_length: int | None = None,
+) -> np.ndarray:
     """bool [num_steps, world_size, num_layers] from the native backend."""
     sample = backends.load("native").sample_layers
-    common = {"seed": 20220717, "world_size": world_size, "strategy": strategy, "draw": draw}
+    common = {"seed": 20220717, "world_size": world_size, "strategy": strategy, "draw": draw, "run_length": run_length}
     drawn_ranks = 1 if strategy == "shared" else world_size
     active = np.empty((num_steps, drawn_ranks, len(probabilities)), dtype=bool)
     for step, rank in itertools.product(range(num_steps), range(drawn_ranks)):
@@ -70,7 +78,8 @@ def test_philox_gives_the_known_answers_of_random123(
 @pytest.mark.parametrize("other", ["numba", "reference"])
 def test_backends_draw_the_bits_of_native(rng: np.random.Generator, strategy: str, draw: str, other: str) -> None:
     native, another = backends.load("native"), backends.load(other)
-    for num_layers, world_size in itertools.product((0, 1, 2, 7, 64, 161), (1, 2, 3, 8, 100)):
+    run_lengths = (None, 1, 2, 3, 100, 2**32 - 1) if draw == "systematic" else (None,)
+    for num_layers, world_size, run_length in itertools.product((0, 1, 2, 7, 64, 161), (1, 2, 3, 8, 100), run_lengths):
         p = rng.choice([0.0, 1.0, 0.5, 1 / 3, 2.0**-41, *rng.uniform(0, 1, 8)], num_layers)
         arguments = {
             "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
@@ -79,29 +88,78 @@ def test_backends_draw_the_bits_of_native(rng: np.random.Generator, strategy: st
             "world_size": world_size,
             "strategy": strategy,
             "draw": draw,
+            "run_length": run_length,
         }
         np.testing.assert_array_equal(native.sample_layers(p, **arguments), another.sample_layers(p, **arguments))
 
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
-    ("strategy", "draw", "expected"),
+    ("strategy", "draw", "run_length", "expected"),
     [
-        ("independent", "bernoulli", "1001111010111101 0011100100001111"),
-        ("independent", "systematic", "0010000011011111 0000011110001111"),
-        ("stratified", "bernoulli", "0001101111101001 0101100101101111"),
-        ("stratified", "systematic", "0011010110100011 0000000110111111"),
-        ("shared", "bernoulli", "0000000110101111 0101100101101111"),
-        ("shared", "systematic", "0001001100011111 0000000110111111"),
+        ("independent", "bernoulli", None, "1001111010111101 0011100100001111"),
+        ("independent", "systematic", None, "0010000011011111 0000011110001111"),
+        ("independent", "systematic", 3, "0000010111011101 0001000100111111"),
+        ("stratified", "bernoulli", None, "0001101111101001 0101100101101111"),
+        ("stratified", "systematic", None, "0011010110100011 0000000110111111"),
+        ("stratified", "systematic", 3, "0000010010111111 0001000111011011"),
+        ("shared", "bernoulli", None, "0000000110101111 0101100101101111"),
+        ("shared", "systematic", None, "0001001100011111 0000000110111111"),
+        ("shared", "systematic", 3, "0001000011101111 0001000111011011"),
     ],
 )
-def test_the_stream_of_a_seed_never_changes(library: Arrays, strategy: str, draw: str, expected: str) -> None:
+def test_the_stream_of_a_seed_never_changes(
+    library: Arrays, strategy: str, draw: str, run_length: int | None, expected: str
+) -> None:
     p = library.array(np.linspace(0.05, 0.95, 16), "float64")
-    drawn = [
-        ops.sample_layers(p, seed=2**63 + 5, step=step, rank=3, world_size=5, strategy=strategy, draw=draw)
-        for step in (0, 2**32 - 1)
-    ]
+    common = {"seed": 2**63 + 5, "rank": 3, "world_size": 5, "strategy": strategy, "draw": draw}
+    drawn = [ops.sample_layers(p, step=step, run_length=run_length, **common) for step in (0, 2**32 - 1)]
     assert " ".join("".join("01"[int(active)] for active in layers) for layers in drawn) == expected
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("run_length", [1, 2, 3, 11, 12, 2**32 - 1])
+def test_layers_are_walked_run_by_run_and_within_a_run_by_the_upper_halves_of_their_keys(
+    device: str, run_length: int
+) -> None:
+    sixteenths = np.array([3, 8, 16, 5, 0, 11, 1, 15, 8, 8, 2])
+    for step in range(20):
+        offset = int(reference_probabilities.random_bits(9, step, 1, 1, reference_probabilities.OFFSET)[0]) >> 24
+        bits = reference_probabilities.random_bits(9, step, 1, 11, reference_probabilities.LAYER_ORDER).tolist()
+        runs = [range(11)[first : first + run_length] for first in range(0, 11, run_length)]
+        order = [layer for run in runs for layer in sorted(run, key=lambda layer: bits[layer] >> 32)]
+        sums = offset + np.cumsum([0, *sixteenths[order].tolist()]) * 2**36
+        expected = np.empty(11, bool)
+        expected[order] = np.diff(sums // 2**40) > 0
+        active = sample(device, sixteenths / 16, seed=9, step=step, rank=1, world_size=2, run_length=run_length)
+        np.testing.assert_array_equal(active, expected)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_of_every_two_neighbours_of_p_one_half_is_taken(device: str, strategy: str) -> None:
+    """Unshuffled, it is the first of all pairs or the second of all; shuffled, each pair has its own."""
+    sides = {1: set(), 2: set()}
+    for run_length, step, rank in itertools.product((1, 2), range(10), range(3)):
+        at = {"seed": 4, "step": step, "rank": rank, "world_size": 3, "strategy": strategy}
+        pairs = sample(device, np.full(64, 0.5), **at, run_length=run_length).reshape(-1, 2)
+        assert (pairs.sum(axis=1) == 1).all()
+        sides[run_length].add(int(pairs[:, 0].sum()))
+    assert sides[1] == {0, 32}
+    assert 0 not in sides[2] and 32 not in sides[2]
+
+
+@pytest.mark.usefixtures("backend")
+def test_sets_of_layers_sorted_by_size_differ_by_less_than_the_largest_one(
+    device: str, rng: np.random.Generator
+) -> None:
+    sizes = np.sort(rng.integers(1, 10**6, 64))
+    drawn = [
+        sample(device, np.full(64, 0.5), seed=4, step=step, rank=rank, world_size=4, run_length=2) @ sizes
+        for step, rank in itertools.product(range(10), range(4))
+    ]
+    assert max(drawn) - min(drawn) < sizes.max()
+    assert len(set(drawn)) == len(drawn)
 
 
 @pytest.mark.usefixtures("backend")
@@ -157,6 +215,9 @@ def test_stratified_with_one_rank_is_a_plain_draw_of_everyones_stream(device: st
         ("world_size", {"world_size": 0}),
         ("world_size", {"world_size": 2**24 + 1}),
         ("rank", {"rank": 4}),
+        ("run_length", {"run_length": 0}),
+        ("run_length", {"run_length": 2**32}),
+        ("run_length: does not act with draw='bernoulli'; leave it out", {"run_length": 2, "draw": "bernoulli"}),
     ],
 )
 def test_the_backends_themselves_refuse_bad_arguments(backend: str, name: str, arguments: dict) -> None:
@@ -186,17 +247,29 @@ def test_marginals_are_p_and_mean_grad_is_unbiased(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_systematic_draw_takes_floor_or_ceil_of_the_budget(strategy: str) -> None:
+@pytest.mark.parametrize("run_length", [1, 2, 4, 6])
+def test_marginals_are_p_in_runs_too(strategy: str, run_length: int) -> None:
+    num_steps = 20_000
+    p = probabilities_with(0.13)
+    marginals = draw_many(p, num_steps, 3, strategy, "systematic", run_length).mean(axis=0)
+    assert (np.abs(marginals - p) <= 4 * np.sqrt(p * (1 - p) / num_steps)).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("run_length", [None, 1, 2, 4])
+def test_a_systematic_draw_takes_floor_or_ceil_of_the_budget(strategy: str, run_length: int | None) -> None:
     for p in (probabilities_with(0.13), np.full(9, 1 / 3), np.full(60, 0.5), np.full(7, 1e-3)):
-        counts = draw_many(p, 2_000, 4, strategy, "systematic").sum(axis=2)
+        counts = draw_many(p, 2_000, 4, strategy, "systematic", run_length).sum(axis=2)
         assert is_floor_or_ceil(counts, p.sum())
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(("draw", "run_length"), DRAWS_AND_RUNS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
-def test_a_stratified_draw_gives_each_layer_floor_or_ceil_of_its_share_of_ranks(draw: str, world_size: int) -> None:
+def test_a_stratified_draw_gives_each_layer_floor_or_ceil_of_its_share_of_ranks(
+    draw: str, run_length: int | None, world_size: int
+) -> None:
     for p in (probabilities_with(0.13), np.full(9, 0.25), np.full(60, 0.5)):
-        counts = draw_many(p, 1_000, world_size, "stratified", draw).sum(axis=1)
+        counts = draw_many(p, 1_000, world_size, "stratified", draw, run_length).sum(axis=1)
         assert is_floor_or_ceil(counts, world_size * p)
 
 

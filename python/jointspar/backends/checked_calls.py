@@ -121,15 +121,24 @@ def _sizes_of(arrays: Sequence[FlatArray]) -> np.ndarray:
 
 
 def check_draw(
-    probabilities: np.ndarray, seed: int, step: int, rank: int, world_size: int, strategy: str, draw: str
+    probabilities: np.ndarray,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    strategy: str,
+    draw: str,
+    run_length: int | None,
 ) -> None:
     _check_vectors(None, probabilities=probabilities)
     if not ((probabilities >= 0.0) & (probabilities <= 1.0)).all():
         raise ValueError("probabilities: values must be in [0, 1]")
-    check_draw_settings(seed, step, rank, world_size, strategy, draw)
+    check_draw_settings(seed, step, rank, world_size, strategy, draw, run_length)
 
 
-def check_draw_settings(seed: int, step: int, rank: int, world_size: int, strategy: str, draw: str) -> None:
+def check_draw_settings(
+    seed: int, step: int, rank: int, world_size: int, strategy: str, draw: str, run_length: int | None
+) -> None:
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise ValueError(f"world_size: must be in [1, {MAX_WORLD_SIZE}]")
     for name, value, end in (("seed", seed, 2**64), ("step", step, 2**32), ("rank", rank, world_size)):
@@ -137,6 +146,10 @@ def check_draw_settings(seed: int, step: int, rank: int, world_size: int, strate
             raise ValueError(f"{name}: must be in [0, {end})")
     if strategy not in ("independent", "stratified", "shared") or draw not in ("bernoulli", "systematic"):
         raise ValueError(f"strategy {strategy!r} or draw {draw!r} is unknown")
+    if run_length is not None and not 1 <= run_length < 2**32:
+        raise ValueError("run_length: must be in [1, 2**32)")
+    if run_length is not None and draw == "bernoulli":
+        raise ValueError("run_length: does not act with draw='bernoulli'; leave it out")
 
 
 def check_projection(log_weights: np.ndarray, budget: float, p_min: float) -> None:

@@ -32,13 +32,14 @@ def sample_layers(
     world_size: int,
     strategy: str,
     draw: str,
+    run_length: int | None = None,
 ) -> None:
     """bool active [num_layers] is written; probabilities: float64 [num_layers]."""
     read = DeviceReader(device)
     p = read.vector("probabilities", probabilities)
     is_active = read.vector("active", active, p.size, "bool", writable=True)
     read.check_disjoint()
-    check_draw_settings(seed, step, rank, world_size, strategy, draw)
+    check_draw_settings(seed, step, rank, world_size, strategy, draw, run_length)
     if p.size == 0:
         return
     random_rank = rank if strategy == "independent" else _ALL_RANKS
@@ -47,7 +48,8 @@ def sample_layers(
         launch(
             Kernel(f"sample_{draw}_kernel", ("sample_kernel.cuh",)), num_blocks, _DRAW_THREADS, queue,
             np.uint64(p.address), np.int64(p.size), np.uint64(seed), np.uint32(step), np.uint32(random_rank),
-            np.bool_(strategy == "stratified"), np.uint32(rank), np.uint32(world_size), np.uint64(is_active.address),
+            np.uint64(run_length or 0), np.bool_(strategy == "stratified"), np.uint32(rank), np.uint32(world_size),
+            np.uint64(is_active.address),
         )  # fmt: skip
 
 

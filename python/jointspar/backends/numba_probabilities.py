@@ -71,14 +71,22 @@ def _systematic(fixed: np.ndarray, order: np.ndarray, offset: int) -> np.ndarray
 
 
 def sample_layers(
-    probabilities: np.ndarray, *, seed: int, step: int, rank: int, world_size: int, strategy: str, draw: str
+    probabilities: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    strategy: str,
+    draw: str,
+    run_length: int | None = None,
 ) -> np.ndarray:
     """Draw the active layers of one rank, bool [num_layers]; P(active[d]) = probabilities[d], float64 [num_layers].
 
-    The strategies and draws are those of `jointspar.ops.sample_layers`.
+    The strategies, draws and runs are those of `jointspar.ops.sample_layers`.
     Source: Liu & Mozafari 2022, Algorithm 2; stratified and systematic draws are extensions.
     """
-    check_draw(probabilities, seed, step, rank, world_size, strategy, draw)
+    check_draw(probabilities, seed, step, rank, world_size, strategy, draw, run_length)
     num_layers = len(probabilities)
     seed_bits, step_bits = np.uint64(seed), np.uint64(step)
     stream = (seed_bits, step_bits, np.uint64(rank if strategy == "independent" else ALL_RANKS))
@@ -87,7 +95,11 @@ def sample_layers(
         rotation = _rank_position(seed_bits, step_bits, rank, world_size) * ONE // world_size
     if draw == "systematic":
         offset = int(_random_bits(*stream, 0, OFFSET)) >> int(_UNIFORM_SHIFT)
-        order = np.argsort(_random_bits_of_layers(*stream, num_layers, LAYER_ORDER), kind="stable")
+        keys = _random_bits_of_layers(*stream, num_layers, LAYER_ORDER)
+        if run_length is not None:
+            runs = np.arange(num_layers, dtype=np.uint64) // np.uint64(run_length)
+            keys = runs << _WORD_BITS | keys >> _WORD_BITS
+        order = np.argsort(keys, kind="stable")
         return _systematic(_fixed_point(probabilities), order, (offset + rotation) % ONE)
     bits = _random_bits_of_layers(*stream, num_layers, BERNOULLI)
     if strategy == "stratified":

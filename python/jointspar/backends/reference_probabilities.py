@@ -40,22 +40,32 @@ def random_bits(seed: int, step: int, rank: int, count: int, purpose: int) -> np
 
 
 def sample_layers(
-    probabilities: np.ndarray, *, seed: int, step: int, rank: int, world_size: int, strategy: str, draw: str
+    probabilities: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    strategy: str,
+    draw: str,
+    run_length: int | None = None,
 ) -> np.ndarray:
     """Draw the active layers of one rank, with P(active[d]) = probabilities[d].
 
     independent: each rank draws by itself. shared: all ranks draw the same. stratified: one common draw that rank m
     sees with every uniform u replaced by (u + floor(pi(m) * 2^40 / M)) mod 2^40, pi a random permutation of the ranks.
     systematic: one offset for all layers, which are taken in random order. bernoulli: one uniform for each layer.
+    run_length: the layers are taken in their own order, shuffled only within runs of so many consecutive ones.
 
     Args:
         probabilities: float64 [num_layers], in [0, 1].
         seed, step, rank, world_size: 64, 32, 32 and 24 bits.
+        run_length: None or in [1, 2^32); None with draw="bernoulli".
 
     Returns: bool [num_layers].
     Source: Liu & Mozafari 2022, Algorithm 2; stratified and systematic draws are extensions.
     """
-    check_draw(probabilities, seed, step, rank, world_size, strategy, draw)
+    check_draw(probabilities, seed, step, rank, world_size, strategy, draw, run_length)
     num_layers = len(probabilities)
     stream_rank = rank if strategy == "independent" else ALL_RANKS
     rotation = _rank_position(seed, step, rank, world_size) * ONE // world_size if strategy == "stratified" else 0
@@ -63,6 +73,8 @@ def sample_layers(
     if draw == "systematic":
         offset = int(random_bits(seed, step, stream_rank, 1, OFFSET)[0]) >> 24
         keys = random_bits(seed, step, stream_rank, num_layers, LAYER_ORDER).tolist()
+        if run_length is not None:
+            keys = [(d // run_length) * 2**32 + (key >> 32) for d, key in enumerate(keys)]
         return _systematic(fixed, keys, (offset + rotation) % ONE)
     bits = random_bits(seed, step, stream_rank, num_layers, BERNOULLI)
     if strategy == "stratified":
