@@ -69,7 +69,8 @@ def draw_slices(layers: Layers, packer: Packer, sampling: js.Sampling, step: int
     """What the ranks compute in one step of a run whose probabilities are all alike."""
     probabilities = np.full(layers.num_layers, sampling.budget)
     plan = np.stack([
-        draw_layers(probabilities, sampling, step=step, rank=rank, world_size=world_size) for rank in range(world_size)
+        draw_layers(probabilities, sampling, sizes=layers.sizes, step=step, rank=rank, world_size=world_size)
+        for rank in range(world_size)
     ])  # fmt: skip
     layout = packer.layout(layers.wanted_parameters(plan))
     return Slices(layout.sizes, layout.computed)

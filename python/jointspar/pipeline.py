@@ -208,7 +208,12 @@ class Pipeline:
         with self.stats.phase("sample"):
             self.drawn = probabilities_to_draw(self.distribution.probabilities, self.sampling, self.step_count)
             self.active = draw_layers(
-                self.drawn, self.sampling, step=self.step_count, rank=self.comm.rank, world_size=self.comm.world_size
+                self.drawn,
+                self.sampling,
+                sizes=self.layers.sizes,
+                step=self.step_count,
+                rank=self.comm.rank,
+                world_size=self.comm.world_size,
             )
             self.backward.activate(self.layers.wanted_parameters(self.active))
         alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}

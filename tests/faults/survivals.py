@@ -141,7 +141,7 @@ def _drawn_at_once(numbers: Numbers, probability: float) -> js.Sampling:
             budget=probability, distribution="uniform", strategy="shared", draw="bernoulli",
             seed=numbers.randrange(2**32),
         )  # fmt: skip
-        if draw_layers(drawn, sampling, step=0, rank=0, world_size=1).any():
+        if draw_layers(drawn, sampling, sizes=np.ones(NUM_LAYERS), step=0, rank=0, world_size=1).any():
             return sampling
 
 

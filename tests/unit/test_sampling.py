@@ -85,8 +85,34 @@ def test_infeasible_constraints_are_refused():
 def test_layers_of_probability_zero_are_never_drawn():
     probabilities = np.array([0.0, 1.0, 0.0, 0.5, 0.5])
     for step in range(200):
-        active = draw_layers(probabilities, Sampling(), step=step, rank=0, world_size=1)
+        active = draw_layers(probabilities, Sampling(), sizes=np.arange(5), step=step, rank=0, world_size=1)
         assert not active[[0, 2]].any() and active[1] and active[3:].sum() == 1
+
+
+@pytest.mark.parametrize("strategy", ["stratified", "independent", "shared"])
+def test_layers_are_drawn_with_their_probabilities_whatever_their_sizes(strategy, rng):
+    probabilities, sizes = np.array([0.9, 0.2, 0.5, 0.7, 0.4, 0.3]), np.array([5, 100, 7, 1, 100, 30])
+    sampling, num_steps = Sampling(strategy=strategy), 20_000
+    counts = sum(
+        draw_layers(probabilities, sampling, sizes=sizes, step=step, rank=1, world_size=3) for step in range(num_steps)
+    )
+    deviations = np.sqrt(probabilities * (1 - probabilities) / num_steps)
+    assert (np.abs(counts / num_steps - probabilities) < 4.5 * deviations).all()
+
+
+def test_two_ranks_share_the_layers_nearly_by_size(rng):
+    """Of each two neighbours in size they take one each, so they differ by at most the largest layer."""
+    sizes = np.round(np.exp(rng.normal(8, 3, 30))).astype(np.int64)
+    shares = set()
+    for step in range(300):
+        first, second = (
+            draw_layers(np.full(30, 0.5), Sampling(), sizes=sizes, step=step, rank=rank, world_size=2)
+            for rank in range(2)
+        )
+        assert (first ^ second).all()
+        assert abs(int(sizes[first].sum()) - int(sizes[second].sum())) <= sizes.max()
+        shares.add(tuple(first))
+    assert len(shares) > 290  # of 2**15 sets
 
 
 def test_the_first_steps_are_dense_where_that_is_wanted():

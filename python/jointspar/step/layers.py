@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ class Layers:
     @property
     def num_layers(self) -> int:
         return len(self.sampled)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [num_layers], elements."""
+        return np.array([sum(self.parameters[index].numel() for index in layer.parameters) for layer in self.sampled])
 
     def wanted_parameters(self, active: np.ndarray) -> np.ndarray:
         """bool [..., num_parameters]: those of active layers (bool [..., num_layers]) and the always-active ones."""

@@ -124,18 +124,29 @@ def probabilities_to_draw(probabilities: np.ndarray, sampling: Sampling, step: i
     return np.sign(probabilities) if step < sampling.dense_steps else probabilities.copy()
 
 
-def draw_layers(probabilities: np.ndarray, sampling: Sampling, *, step: int, rank: int, world_size: int) -> np.ndarray:
-    """The active layers of this rank, bool [num_layers]; a layer of probability 0 (frozen) is never drawn."""
-    eligible = probabilities > 0.0
+def draw_layers(
+    probabilities: np.ndarray, sampling: Sampling, *, sizes: np.ndarray, step: int, rank: int, world_size: int
+) -> np.ndarray:
+    """The active layers of this rank, bool [num_layers]; a layer of probability 0 (frozen) is never drawn.
+
+    A systematic draw takes one of every few layers that lie next to each other: here those of nearly equal size, so
+    that ranks and steps have nearly equal amounts to compute and send. Shuffled are those of which one is expected.
+    sizes: int64 [num_layers], elements.
+    """
     active = np.zeros(probabilities.size, dtype=bool)
-    active[eligible] = ops.sample_layers(
-        probabilities[eligible],
+    order = np.argsort(-sizes, kind="stable")
+    order = order[probabilities[order] > 0.0]
+    drawn = probabilities[order]
+    run_length = max(2, round(drawn.size / drawn.sum())) if drawn.size else 2
+    active[order] = ops.sample_layers(
+        drawn,
         seed=sampling.seed,
         step=step,
         rank=rank,
         world_size=world_size,
         strategy=sampling.strategy,
         draw=sampling.draw,
+        run_length=run_length if sampling.draw == "systematic" else None,
     )
     return active
 
