@@ -88,6 +88,7 @@ class EarlyExchange:
         """Pack and send what is left, zeros where no gradient came."""
         if self._sum is None:
             self._open()
+        self._transport.is_in_background = False
         for missing in self._missing:
             missing.clear()
         self._pack_while_full()
@@ -137,6 +138,7 @@ class EarlyExchange:
         if self._is_threaded:
             atexit.register(self._complete_at_exit)  # runs before those of the agreement and the transport
         self._missing = [total.positions_to_compute(bucket) for bucket in range(len(total.layout.buckets))]
+        self._transport.is_in_background = True
         self._submit(lambda: self._agree(total))
 
     def _pack_while_full(self) -> None:

@@ -23,6 +23,7 @@ class LocalTransport:
         self.bytes_sent = 0
         self.is_simulated = False
         self.can_change_threads = True
+        self.is_in_background = False
         self.eager_bytes: int | None = None
         self.is_closed = False
         self._unusable: str | None = None

@@ -32,6 +32,7 @@ from jointspar.errors import JointSparError, RanksLost
 _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
+_BACKGROUND_SLEEP = 2e-3  # between polls while this process computes: each takes some of its time
 _TAG = 0
 _OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (btl_tcp_eager_limit)
 _FINALIZE_SECONDS = 20.0
@@ -238,7 +239,9 @@ class MpiTransport(ProcessTransport):
             while not self._call(what, _all_done, requests):
                 has_warned = self._check_deadline(what, began, has_warned)
                 waited = time.monotonic() - began
-                if waited < _SPIN_SECONDS:
+                if self.is_in_background:
+                    time.sleep(_BACKGROUND_SLEEP)
+                elif waited < _SPIN_SECONDS:
                     os.sched_yield()
                 else:
                     time.sleep(min(_LONGEST_SLEEP, waited / 50))

@@ -16,6 +16,7 @@ class CheckedTransport:
 
     is_simulated = False
     can_change_threads = True
+    is_in_background = False
     eager_bytes: int | None = None
 
     def __init__(self, *, library: str, name: str, rank: int, world_size: int, timeout: float) -> None:

@@ -46,6 +46,7 @@ class Transport(Protocol):
     bytes_sent: int  # grows by what this rank hands over for sending, headers included
     is_simulated: bool  # nothing travels, so its times say nothing of a network
     can_change_threads: bool  # another thread may go on with it, one at a time
+    is_in_background: bool  # set by who uses it beside a computation, which its waits then leave more time
 
     @property
     def is_closed(self) -> bool:
