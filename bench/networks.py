@@ -29,8 +29,9 @@ SCHEMA = "jointspar-bench-network/1"
 RATES, RANKS = [10.0, 1.0, 0.3, 0.1], [2, 4]
 PARTS = ("transfers", "iterations", "loss")
 COMPARED = (
-    "ddp", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "stratified_0.75", "stratified_0.5", "stratified_0.25",
-    "stratified_0.5_bf16", "independent_0.5", "shared_0.5",
+    "ddp", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "jointspar_1.0_overlap", "stratified_0.5",
+    "stratified_0.5_overlap", "stratified_0.5_bf16", "stratified_0.5_bf16_overlap", "independent_0.5", "shared_0.5",
+    "shared_0.5_overlap", "shared_0.5_bf16_overlap",
 )  # fmt: skip
 MODEL = "resnet18"
 LOSS_MODEL = "resnet20"  # that `step.worker` trains

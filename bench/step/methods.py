@@ -282,6 +282,7 @@ def _methods() -> list[Method]:
         Method("topk", "compressed", TopKLars),
         Method("plain", "floor", Plain),
         Method("jointspar_1.0", "ours", partial(JointSpar, budget=1.0, strategy="shared")),
+        Method("jointspar_1.0_overlap", "ours", partial(JointSpar, budget=1.0, strategy="shared", overlap=True)),
         *(Method(f"{s}_{b}", "ours", partial(JointSpar, budget=b, strategy=s)) for s, b in budgets),
         *(
             Method(f"{s}_0.5{suffix}", "ours", partial(JointSpar, budget=0.5, strategy=s, **options))
