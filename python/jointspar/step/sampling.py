@@ -24,7 +24,8 @@ class Sampling:
             layer in every step. On two ranks at budget 0.5 that leaves nothing to learn: all layers have 0.5.
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
-        draw: "systematic" (floor or ceil of budget layers each time) or "bernoulli" (the paper: layers independent).
+        draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the
+            paper: layers independent).
         distribution: "bandit" (the paper's Algorithm 1), "norm" (proportional to the gradient norms) or "uniform".
         bandit_lr: step size of Algorithm 1.
         shift: the paper's literal non-negative loss in Algorithm 1.
