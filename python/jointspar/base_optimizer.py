@@ -204,7 +204,8 @@ class JointSparOptimizer(torch.optim.Optimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """A context whose backward passes only accumulate, as `DistributedDataParallel.no_sync`.
 
-        With overlap=True for all backward passes of a step but the last; without it every backward only accumulates.
+        With overlap=True for all backward passes of a step but the last, and for those of another optimizer's loss that
+        reach these parameters; without overlap every backward only accumulates.
         """
         early = self._pipeline.early
         return nullcontext() if early is None else early.paused()
@@ -223,7 +224,6 @@ class JointSparOptimizer(torch.optim.Optimizer):
         position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
         _check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
         _check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
-        self._refuse_under_way("set_trainable")
         chosen = list(parameters)
         if any(id(parameter) not in position_of for parameter in chosen):
             raise ValueError("parameters: not all of them belong to this optimizer")
@@ -274,11 +274,6 @@ class JointSparOptimizer(torch.optim.Optimizer):
     def finish(self) -> None:
         """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
         self._pipeline.agreement.finish()
-
-    def _refuse_under_way(self, what: str) -> None:
-        early = self._pipeline.early
-        if early is not None and early.is_under_way:
-            raise JointSparError(f"{what}: with overlap=True not between backward and step()")
 
     def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
         _check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
@@ -333,7 +328,6 @@ class JointSparOptimizer(torch.optim.Optimizer):
         Raises ValueError for a state of other parameters or layers; nothing was changed then.
         """
         self.check_state_dict(state_dict)
-        self._refuse_under_way("load_state_dict")
         loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
         super().load_state_dict(state_dict)
         for parameter, momentum, value in zip(self._parameters, self._momenta, loaded, strict=True):

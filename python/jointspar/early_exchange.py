@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import atexit
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from enum import Enum, auto
 
 import torch
 
-from jointspar.comm.heads import is_occupied, occupy, vacate
 from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 from jointspar.gradient_sum import GradientSum
+
+_latest: weakref.WeakKeyDictionary[Transport, weakref.ref[EarlyExchange]] = weakref.WeakKeyDictionary()
+Job = Callable[[], None]
+
+
+class _Phase(Enum):
+    ARMED = auto()  # the step's first gradient begins it
+    UNDER_WAY = auto()
+    OVER = auto()  # until the next step
 
 
 class EarlyExchange:
     """Takes note of each gradient as it comes, and hands full buckets to a thread that exchanges them in their order.
 
-    From a step's first gradient to the end of `wait` that thread alone uses the transport. The ranks agree on a step's
-    buckets before the first of them. A rank that exits in between still sends what the others wait for. Where nothing
-    travels, among simulated ranks or with one, the exchange is left to `wait`.
+    It is a bet that one backward makes the step's gradients. Where it is lost (a second backward, a gradient that was
+    changed, another use of the transport between backward and step) what was sent is void, `why_void` says why, and
+    the step exchanges anew. The ranks agree on a step's buckets before the first of them, and each sends all of them,
+    whatever happens to it in between; so the transport is lent to the thread, and whoever else uses it first has the
+    exchange end. Of several on one transport only the one that was made last sends early: the same on all ranks. Where
+    nothing travels, among simulated ranks or with one, no thread is needed and `finish` exchanges.
 
     begin: makes the step's sum, from the plan of all ranks. agree: meets all ranks, before its first bucket.
-    Raises JointSparError where the transport is bound to this thread.
+    Raises JointSparError where the transport cannot be used from a thread beside others.
     """
 
     def __init__(
@@ -34,26 +47,24 @@ class EarlyExchange:
         agree: Callable[[GradientSum], None],
     ) -> None:
         self._transport, self._parameters, self._begin, self._agree = transport, parameters, begin, agree
-        self._is_threaded = transport.world_size > 1 and not transport.is_simulated
-        if self._is_threaded and not transport.can_change_threads:
-            raise JointSparError("overlap=True needs an MPI that was started with MPI_THREAD_SERIALIZED or more")
-        self._thread = ThreadPoolExecutor(1, "jointspar", torch.set_num_threads, (torch.get_num_threads(),))
+        self._thread: _Thread | None = None
+        if transport.world_size > 1 and not transport.is_simulated:
+            if not transport.is_thread_safe:
+                raise JointSparError("overlap=True needs an MPI that was started with MPI_THREAD_MULTIPLE")
+            self._thread = _Thread()
+        _latest[transport] = weakref.ref(self)
         self._is_paused = False
-        self._forget()
+        self.arm()
 
-    def _forget(self) -> None:
+    def arm(self) -> None:
+        """A new step."""
+        self._phase = _Phase.ARMED
+        self.why_void: str | None = None
         self._sum: GradientSum | None = None
         self._missing: list[set[int]] = []  # by bucket, positions of parameters whose gradients are still to come
         self._noted: set[int] = set()
         self._packed: list[tuple[int, torch.Tensor | None, int]] = []  # position, gradient, its version
-        self._work: list[Future[None]] = []  # of the thread
-        self._later: list[Callable[[], None]] = []  # work for `wait`
-        self._has_failed = False
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether a backward has begun to send, and no `wait` has ended it."""
-        return self._sum is not None
+        self._work = _Work()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -66,85 +77,53 @@ class EarlyExchange:
 
     @torch.no_grad()
     def note(self, position: int) -> None:
-        """Backward has accumulated a parameter's gradient. Raises JointSparError where it did so before in this step.
-
-        Waits for the plans of all ranks at the first. While another optimizer's exchange is under way nothing is sent.
-        """
-        if self._is_paused or (self._sum is None and is_occupied(self._transport)):
+        """Backward has accumulated a parameter's gradient. At the first one it waits for the plans of all ranks."""
+        latest = _latest[self._transport]()
+        if self._is_paused or self._phase == _Phase.OVER or latest is not self:
             return
-        if self._sum is None:
+        if self._phase == _Phase.ARMED:
             self._open()
         if position in self._noted:
-            raise JointSparError(
-                "a second backward before step(): overlap=True has sent the first one's gradients already; accumulate "
-                "inside `with optimizer.no_sync():` and leave it for the last backward"
-            )
+            self.why_void = "a second backward before step(); accumulate inside `with optimizer.no_sync():`"
         self._noted.add(position)
         for missing in self._missing:
             missing.discard(position)
         self._pack_while_full()
 
-    def pack_rest(self) -> None:
-        """Pack and send what is left, zeros where no gradient came."""
-        if self._sum is None:
-            self._open()
-        self._transport.is_in_background = False
-        for missing in self._missing:
-            missing.clear()
-        self._pack_while_full()
+    def finish(self) -> GradientSum | None:
+        """Pack and send what is left, zeros where no gradient came. Returns the sum, or None where it is void.
 
-    def wait(self) -> GradientSum:
-        """The step's sum, once all of it has arrived. Raises what the exchange raised.
-
-        Raises JointSparError where gradients have changed since they were packed.
+        A change of a gradient is seen by autograd's version counter, which writes through `.data` do not move.
+        Raises what the exchange raised.
         """
-        assert self._sum is not None
-        try:
-            self._finish_work()
-            self._check_unchanged()
-            return self._sum
-        finally:
-            atexit.unregister(self._complete_at_exit)
-            vacate(self._transport)
-            self._forget()
-
-    def _finish_work(self) -> None:
-        try:
-            for work in self._work:
-                work.result()
-        except BaseException as error:
-            if not all(work.done() for work in self._work):  # an interrupt
-                self._transport.fail(f"an exchange during backward was left by {type(error).__name__}")
-            raise
-        for job in self._later:
-            job()
-
-    def _check_unchanged(self) -> None:
-        for position, grad, version in self._packed:
-            now = self._parameters[position].grad
-            if now is not grad or (now is not None and now._version != version):
-                raise JointSparError(
-                    "gradients were changed between backward and step(), but overlap=True had sent them: clip by "
-                    "step(max_norm=...), change mean_grads after synchronize(), or leave overlap out"
-                )
+        if self._phase == _Phase.ARMED:
+            self._open()
+        total = self._sum
+        if self._phase == _Phase.UNDER_WAY:
+            self._transport.is_in_background = False
+            for missing in self._missing:
+                missing.clear()
+            self._pack_while_full()
+            self._end()
+        if any(self._has_changed(*packed) for packed in self._packed):
+            self.why_void = self.why_void or "gradients were changed after backward; clip by step(max_norm=...)"
+        return None if self.why_void else total
 
     def _open(self) -> None:
-        occupy(self._transport)
-        try:
-            self._sum = total = self._begin()
-        except BaseException:
-            vacate(self._transport)
-            raise
-        if self._is_threaded:
-            atexit.register(self._complete_at_exit)  # runs before those of the agreement and the transport
+        self._sum = total = self._begin()
+        self._phase = _Phase.UNDER_WAY
         self._missing = [total.positions_to_compute(bucket) for bucket in range(len(total.layout.buckets))]
-        self._transport.is_in_background = True
+        num_threads = torch.get_num_threads()
+        if self._thread is not None:
+            self._transport.is_in_background = True
+            self._transport.lend(self._thread.ident, self._give_back)
+            self._submit(lambda: torch.set_num_threads(num_threads))  # of the thread, for sums
         self._submit(lambda: self._agree(total))
 
     def _pack_while_full(self) -> None:
         total = self._sum
         assert total is not None
-        while not total.is_packed and not self._missing[0]:
+        while self._missing and not self._missing[0]:
             del self._missing[0]
             bucket = total.pack_next()
             for position in total.positions_to_compute(bucket):
@@ -152,24 +131,81 @@ class EarlyExchange:
                 self._packed.append((position, grad, 0 if grad is None else grad._version))
             self._submit(lambda bucket=bucket: total.exchange(bucket))  # type: ignore[misc]
 
-    def _submit(self, job: Callable[[], None]) -> None:
-        def run() -> None:
-            if self._has_failed:  # no other rank expects this job
-                return
+    def _give_back(self) -> None:
+        """Somebody else needs the transport: the other ranks get what they wait for, though it is worth nothing."""
+        self.why_void = "ranks met for something else between backward and step()"
+        total = self._sum
+        assert total is not None
+        self._transport.is_in_background = False
+        for bucket in range(total.num_packed, len(total.layout.buckets)):
+            self._submit(lambda bucket=bucket: total.exchange(bucket))  # type: ignore[misc]
+        self._end()
+
+    def _submit(self, job: Job) -> None:
+        self._work.jobs.append(job)
+        if self._thread is not None:
+            self._thread.run(self._work.run_next)
+
+    def _end(self) -> None:
+        """Wait for the work, and take the transport back."""
+        self._phase = _Phase.OVER
+        work = self._work
+        try:
+            if self._thread is None:
+                while work.jobs:
+                    work.run_next()
+            else:
+                self._thread.wait()
+        except BaseException as error:  # an interrupt
+            self._transport.fail(f"an exchange during backward was left by {type(error).__name__}")
+            raise
+        finally:
+            self._transport.lend(None)
+        if work.error is not None:
+            raise work.error
+
+    def _has_changed(self, position: int, grad: torch.Tensor | None, version: int) -> bool:
+        now = self._parameters[position].grad
+        return now is not grad or (now is not None and now._version != version)
+
+
+class _Work:
+    """The jobs of one step, in their order. After one that failed no other rank expects the next."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.error: BaseException | None = None
+
+    def run_next(self) -> None:
+        job = self.jobs.pop(0)
+        if self.error is None:
             try:
                 job()
-            except BaseException:
-                self._has_failed = True
-                raise
+            except BaseException as error:
+                self.error = error
 
-        if self._is_threaded:
-            with suppress(RuntimeError):  # the interpreter ends: its threads have done all their work
-                self._work.append(self._thread.submit(run))
-                return
-        self._later.append(run)
 
-    def _complete_at_exit(self) -> None:
-        """The other ranks wait for this rank's buckets, and learn from the next header that it has left."""
-        self.pack_rest()
-        self._finish_work()
-        vacate(self._transport)
+class _Thread:
+    """Runs jobs, which raise nothing, one after the other. It ends with this object, and does not hold the process."""
+
+    def __init__(self) -> None:
+        jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs = jobs
+
+        def run() -> None:
+            while (job := jobs.get()) is not None:
+                job()
+
+        thread = threading.Thread(target=run, name="jointspar", daemon=True)
+        thread.start()
+        self.ident = thread.ident
+        weakref.finalize(self, jobs.put, None)
+
+    def run(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """Until all jobs are done."""
+        is_done = threading.Event()
+        self._jobs.put(is_done.set)
+        is_done.wait()

@@ -14,8 +14,7 @@ class GradientSum:
 
     layout: of what any rank computes. wanted: bool [num_parameters], what this rank computes. scales: float64
     [num_parameters], into this rank's part of the mean. counts: int64 [num_layers], the ranks that compute each layer.
-    sent_before: bytes that the transport had sent when the step began. `packed` is [layout.total], and the sum over the
-    ranks at the end.
+    `packed` is [layout.total], and the sum over the ranks at the end.
     """
 
     def __init__(
@@ -28,12 +27,11 @@ class GradientSum:
         wanted: np.ndarray,
         scales: np.ndarray,
         counts: np.ndarray,
-        sent_before: int,
     ) -> None:
         self._packer, self._chooser = packer, chooser
         self._what = f"step {step} exchange"
         self._wanted, self._scales = wanted, scales
-        self.layout, self.counts, self.sent_before = layout, counts, sent_before
+        self.layout, self.counts = layout, counts
         self.packed = packer.buffer(layout)
         self.exchange_name = chooser.choose(_slices(layout))  # one for all buckets
         self._norms: list[torch.Tensor | np.ndarray] = []  # by bucket
@@ -43,16 +41,17 @@ class GradientSum:
         positions = self.layout.buckets[bucket].positions
         return set(positions[self._wanted[positions]].tolist())
 
+    @property
+    def num_packed(self) -> int:
+        """Buckets."""
+        return len(self._norms)
+
     def pack_next(self) -> int:
         """Pack this rank's gradients of the next bucket, scaled, zeros for what others compute; the bucket's number."""
-        bucket = len(self._norms)
+        bucket = self.num_packed
         _, squared_norms = self._packer.pack(self.layout.buckets[bucket], self._wanted, self._scales)
         self._norms.append(squared_norms)
         return bucket
-
-    @property
-    def is_packed(self) -> bool:
-        return len(self._norms) == len(self.layout.buckets)
 
     def squared_norms(self) -> torch.Tensor | np.ndarray:
         """float64 [num_slices]: of this rank's gradients before they were scaled, once all are packed."""

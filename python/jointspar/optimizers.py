@@ -43,9 +43,12 @@ class JointSparLARS(JointSparOptimizer):
         check_every: after so many steps the ranks compare digests of their weights, layer by layer, so that a bit that
             flipped on one rank is a DesyncError; 0 for never. It reads every weight once, one to two milliseconds a MB.
         overlap: exchange gradients while backward computes the next ones, from a thread of its own, as
-            DistributedDataParallel does. Backward then runs once a step: accumulate inside `no_sync()`; and gradients
-            stay as backward left them, so no `clip_grad_norm_` and no GradScaler. Host memory, and an exchange by name.
-            Gradients are sent in another order, so that with three ranks or more sums round differently.
+            DistributedDataParallel does. It is for one backward a step (accumulate inside `no_sync()`) whose gradients
+            stay as they are until `step()`: after a second backward, `clip_grad_norm_`, a GradScaler's unscaling, or
+            another meeting of the ranks in between the step exchanges anew, which costs what overlap gains, with a
+            warning. (Writes through `grad.data` are not noticed.) Of several optimizers on one transport the one built
+            last sends during backward. Host memory, and an exchange by name. Gradients are sent in another order, so
+            that with three ranks or more sums round differently.
 
     Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.

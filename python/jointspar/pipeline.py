@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
-from jointspar.comm.heads import Op
+from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import Reading
 from jointspar.early_exchange import EarlyExchange
@@ -89,6 +90,8 @@ class Pipeline:
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
         self.stats = Stats()
         self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
+        self._sent_before = 0
+        self._has_warned = False
         self.early: EarlyExchange | None = None
         if overlap:
             self.early = EarlyExchange(comm, layers.parameters, self._begin_early, self._agree_early)
@@ -112,11 +115,13 @@ class Pipeline:
         """
         stats = self.stats
         hyper.check()
-        total = self._packed(grad_scale) if self.early is None else self._sum_early(self.early, grad_scale)
+        early = self._sum_early(grad_scale)
+        total = self._packed(grad_scale) if early is None else early
         lesson = Lesson(self.active, self.drawn, total.counts, self._local_norms(total, grad_scale))
         with stats.phase("go"):
             due = self._lesson_due(lesson)
             values = np.zeros(self.layers.num_layers) if due is None else due.local.wait()
+            self.agreement.wish(Wish.EXCHANGE_ANEW, early is None)
             gathered = self.agreement.go(
                 Op.EXCHANGE,
                 step=self.step_count,
@@ -126,12 +131,15 @@ class Pipeline:
                 values=np.append(values, found_inf),
             )
         is_finite = not gathered[:, -1].any()
-        exchanged = Exchanged(total.layout, total.packed, lesson, gathered[:, :-1], is_finite=is_finite)
-        if self.early is None and exchanged.is_finite:
+        if is_finite and self.agreement.is_wished(Wish.EXCHANGE_ANEW):
+            if early is not None:  # another rank's is void: this one's gradients are in a sum already
+                total = self._packed(grad_scale)
             with stats.phase("exchange"):
-                total.exchange(0)
+                for bucket in range(total.num_packed):
+                    total.exchange(bucket)
+        exchanged = Exchanged(total.layout, total.packed, lesson, gathered[:, :-1], is_finite=is_finite)
         stats.exchange = total.exchange_name
-        stats.sent_bytes = self.comm.bytes_sent - total.sent_before
+        stats.sent_bytes = self.comm.bytes_sent - self._sent_before
         dense_bytes = self.packer.dense_bytes(self.backward.updatable)
         stats.dense_bytes = self.chooser.sent_bytes(stats.exchange, dense_bytes)
         if exchanged.is_finite and (not self.sampling.lag or is_looked_at or max_norm is not None):
@@ -216,6 +224,8 @@ class Pipeline:
                 world_size=self.comm.world_size,
             )
             self.backward.activate(self.layers.wanted_parameters(self.active))
+        if self.early is not None:
+            self.early.arm()
         alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}
         sent_before = self.comm.bytes_sent
         self.agreement.post_plan(self.step_count, self.active, stable_hash(alike[self.sampling.strategy]))
@@ -282,31 +292,41 @@ class Pipeline:
 
     def _packed(self, grad_scale: float) -> GradientSum:
         """Stage 3, after backward."""
-        self.stats.phase_ms.clear()
-        self.backward.observe()
         with self.stats.phase("plan"):
             total = self._begin_sum(grad_scale)
         with self.stats.phase("pack"):
-            total.pack_next()
+            for _ in total.layout.buckets:
+                total.pack_next()
         return total
 
-    def _sum_early(self, early: EarlyExchange, grad_scale: float) -> GradientSum:
-        """Stages 3 and 4, of what backward has left to do."""
-        if grad_scale != 1.0:
-            raise JointSparError(
-                "overlap=True sends gradients before a GradScaler unscales them: leave one of them out"
-            )
-        with self.stats.phase("pack"):
-            early.pack_rest()
+    def _sum_early(self, grad_scale: float) -> GradientSum | None:
+        """What backward has exchanged, where that is worth anything."""
+        early = self.early
+        if early is None:
+            self._start_counting()
+            self.backward.observe()
+            return None
         with self.stats.phase("exchange"):
-            total = early.wait()
-        self.backward.observe_grads()
-        return total
+            total = early.finish()
+        self.backward.observe()
+        why = early.why_void
+        if grad_scale != 1.0:
+            why = "a GradScaler unscales gradients after backward"
+        elif (self.backward.updatable != self._updatable_early).any():
+            why = "parameters were frozen or thawed after backward"
+        if why is None:
+            return total
+        if not self._has_warned:
+            self._has_warned = True
+            what = f"overlap=True: what backward of step {self.step_count} sent was void, and is sent anew"
+            warnings.warn(f"{what}: {why}", stacklevel=5)
+        return None
 
     def _begin_early(self) -> GradientSum:
         """At the first gradient; stages 3 and 4 are part of backward's time from now on."""
-        self.stats.phase_ms.clear()
+        self._start_counting()
         self.backward.observe_flags()
+        self._updatable_early = self.backward.updatable
         return self._begin_sum(grad_scale=1.0)
 
     def _agree_early(self, total: GradientSum) -> None:
@@ -316,12 +336,15 @@ class Pipeline:
             step=self.step_count,
             count=total.layout.total,
             dtype=total.packed.dtype,
-            hyper_hash=stable_hash([self.backward.updatable, total.exchange_name]),
+            hyper_hash=stable_hash([self._updatable_early, total.exchange_name]),
         )
+
+    def _start_counting(self) -> None:
+        self.stats.phase_ms.clear()
+        self._sent_before = self.comm.bytes_sent
 
     def _begin_sum(self, grad_scale: float) -> GradientSum:
         """What this step will sum, from what each rank plans to compute."""
-        sent_before = self.comm.bytes_sent
         layers, plan = self.layers, self.agreement.wait_plan()
         counts = plan.sum(axis=0)
         scales = gradient_scales(self.sampling.strategy, self.drawn, counts, self.comm.world_size)
@@ -333,7 +356,6 @@ class Pipeline:
             wanted=layers.wanted_parameters(self.active),
             scales=np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale,
             counts=counts,
-            sent_before=sent_before,
         )
 
     def _local_norms(self, total: GradientSum, grad_scale: float) -> Reading:

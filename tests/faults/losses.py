@@ -55,7 +55,8 @@ def survive():
     model = build_model()
     sampling = js.Sampling(strategy=shared.choice(["shared", "stratified", "independent"]), distribution="bandit")
     exchange = shared.choice(["allreduce", "ring", "two_shot", "auto"])
-    optimizer = build_optimizer(model, sampling=sampling, exchange=exchange, comm=comm, check_every=3)
+    settings = {"sampling": sampling, "exchange": exchange, "overlap": shared.choice([True, False])}
+    optimizer = build_optimizer(model, comm=comm, check_every=3, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
     step, losses = 0, 0
     dies_at = 5 + 20 * victims.index(comm.rank) if comm.rank in victims else STEPS

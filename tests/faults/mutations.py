@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("python", "jointspar_ext", "tests")
 PACKAGE = "python/jointspar"
 EXITS = "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase"
+EARLY = "tests/unit/test_early_exchange.py::test_what_was_sent_is_void_where_gradients_change_before_the_step"
 SURVIVED = "tests/faults/test_faults.py::test_differences_are_named_and_the_rest_is_survived_with_right_sums"
 
 
@@ -160,6 +161,27 @@ MUTATIONS = (
         "        return self._plan\n",
         "        plan, self._plan = self._plan, None\n        return plan\n",
         "tests/unit/test_optimizers.py::test_a_step_that_was_refused_says_the_same_again_and_can_be_made_right",
+    ),
+    Mutation(
+        "gradients that were changed after they were sent count as they were",
+        f"{PACKAGE}/early_exchange.py",
+        "now._version != version",
+        "False",
+        EARLY,
+    ),
+    Mutation(
+        "another rank's void exchange during backward counts",
+        f"{PACKAGE}/pipeline.py",
+        "if is_finite and self.agreement.is_wished(Wish.EXCHANGE_ANEW):",
+        "if is_finite and early is None:",
+        EARLY,
+    ),
+    Mutation(
+        "a transport that is lent to a thread is used all the same",
+        "python/jointspar/comm/refusals.py",
+        "            self._give_back()\n",
+        "            pass\n",
+        "tests/mpi/test_early_exchange.py::test_another_meeting_between_backward_and_step_costs_time_only",
     ),
 )
 

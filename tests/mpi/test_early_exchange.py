@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import threading
@@ -207,6 +208,69 @@ def leave_out_a_backward() -> None:
 @BY_MPI
 def test_a_rank_without_a_backward_counts_as_zero(run_ranks: Any) -> None:
     run_ranks(2, leave_out_a_backward)
+
+
+def meet_between_backward_and_step() -> None:
+    """What is sent during backward is void then, and the step as without; also where only one rank has a reason."""
+    pipeline._BUCKET_BYTES = 2000
+    comm, results = js.comm.world(), []
+    for overlap in (True, False):
+        model = make_model()
+        optimizer = make_optimizer(model, overlap=overlap, exchange="ring", sampling=js.Sampling(strategy="shared"))
+        norm = nn.BatchNorm1d(3)
+        for step in range(8):
+            optimizer.zero_grad()
+            torch.manual_seed(10 * step + comm.rank)
+            backward(model)
+            if step == 1:
+                own = torch.full((1000,), float(comm.rank + 1))
+                comm.allreduce(own, what="a loss")
+                assert (own == 3.0).all()
+            if step == 2:
+                js.sync_buffers(norm)
+            if step == 3:
+                make_optimizer(make_model(), overlap=False).finish()
+            if step == 4 and comm.rank == 1:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            if step == 5:
+                backward(model)
+            if step == 6:
+                state = optimizer.state_dict()
+                optimizer.load_state_dict(state)
+                optimizer.zero_grad()
+                backward(model)
+            optimizer.step()
+        backward(model)
+        optimizer.finish()  # without a step
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+@BY_MPI
+def test_another_meeting_between_backward_and_step_costs_time_only(run_ranks: Any) -> None:
+    run_ranks(2, meet_between_backward_and_step)
+
+
+def drop_after_backward() -> None:
+    """Nobody steps, and another optimizer is built."""
+    results = []
+    for overlap in (True, False):
+        model = make_model()
+        optimizer = make_optimizer(model, overlap=overlap)
+        backward(model)
+        del optimizer
+        gc.collect()
+        optimizer = make_optimizer(model, overlap=overlap, exchange="ring")
+        torch.manual_seed(optimizer.comm.rank)
+        backward(model)
+        optimizer.step()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+@BY_MPI
+def test_an_optimizer_may_be_dropped_after_backward(run_ranks: Any) -> None:
+    run_ranks(2, drop_after_backward)
 
 
 def set_overlap_on_one_rank() -> None:

@@ -4,7 +4,8 @@ Headers are fixed-size int64 rows that every rank sends to every rank on a commu
 
 - *hello*, once at construction: layout and settings.
 - *plan*, posted at the end of each step and in flight during the next forward: the active layers of that step.
-- *go*, immediately before each payload, save, load, average and finish: what this rank is about to do.
+- *go*, immediately before each payload, save, load, average and finish: what this rank is about to do. With exchanges
+  during backward: one at a step's first gradient, and one at its end, by which any rank has what was sent be void.
 - *leave*, once when the process exits: a rank that leaves early meets the others, whatever they wait for.
 
 Why ranks that diverge still meet. Each rank emits one sequence of headers, and the n-th header of one rank meets the
@@ -34,7 +35,7 @@ from jointspar.errors import DesyncError, JointSparError
 
 _MAX_SETTINGS = 64
 _MAX_LISTED_LAYERS = 4096
-_ALL_WISHES = Wish.STOP | Wish.LAST_BATCH
+_ALL_WISHES = Wish.STOP | Wish.LAST_BATCH | Wish.EXCHANGE_ANEW
 _MAX_NAMED = 3  # differing layers that a message names
 
 # Words of a hello after its head.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from jointspar.comm.transport import Transport
-from jointspar.errors import DesyncError, JointSparError
+from jointspar.errors import DesyncError
 
 NUM_FIXED = 16  # words of a header before what depends on the layers
 
@@ -16,7 +16,6 @@ _MAGIC = 0x4A53_5041_0002  # "JSPA", protocol version
 _SERIAL, _OP, _STEP = range(1, 4)  # word 0 is the magic number
 
 _num_words: WeakKeyDictionary[Transport, int] = WeakKeyDictionary()
-_occupied: WeakSet[Transport] = WeakSet()  # by an exchange during backward, in a thread of its own
 
 
 class Op(IntEnum):
@@ -41,6 +40,7 @@ class Wish(IntFlag):
 
     STOP = 1
     LAST_BATCH = 2
+    EXCHANGE_ANEW = 4
 
 
 def leave(transport: Transport) -> None:
@@ -62,39 +62,8 @@ def reserve_words(transport: Transport, num_words: int) -> None:
     _num_words[transport] = max(NUM_FIXED + num_words, _num_words.get(transport, 0))
 
 
-def occupy(transport: Transport) -> None:
-    """From now on an exchange during backward uses the transport, and nothing else may until `vacate`.
-
-    Raises JointSparError where another exchange does.
-    """
-    _refuse_where_occupied(transport, "step()")
-    _occupied.add(transport)
-
-
-def vacate(transport: Transport) -> None:
-    """The exchange is over."""
-    _occupied.discard(transport)
-
-
-def is_occupied(transport: Transport) -> bool:
-    """Whether an exchange during backward uses the transport."""
-    return transport in _occupied
-
-
-def _refuse_where_occupied(transport: Transport, what: str) -> None:
-    if transport in _occupied:
-        raise JointSparError(
-            f"{what}: not between backward and step() of an optimizer with overlap=True, whose exchange is under way"
-        )
-
-
 def new_header(transport: Transport, serial: int, op: Op, step: int) -> np.ndarray:
-    """A header with all but its further words, int64 [num_words].
-
-    Raises JointSparError while an exchange during backward uses the transport, except for its own.
-    """
-    if op != Op.OVERLAP:
-        _refuse_where_occupied(transport, describe(op, step))
+    """A header with all but its further words, int64 [num_words]."""
     words = np.zeros(_num_words.get(transport, NUM_FIXED), dtype=np.int64)
     words[0] = _MAGIC
     words[[_SERIAL, _OP, _STEP]] = serial, op, step

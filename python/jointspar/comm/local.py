@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class LocalTransport:
         self.timeout = float("inf")
         self.bytes_sent = 0
         self.is_simulated = False
-        self.can_change_threads = True
+        self.is_thread_safe = True
         self.is_in_background = False
         self.eager_bytes: int | None = None
         self.is_closed = False
@@ -53,6 +54,9 @@ class LocalTransport:
         check_buffer(buffer)
         if root != 0:
             raise ValueError(f"root must be 0 in a world of one rank, not {root}")
+
+    def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
+        """Changes nothing: a single process exchanges nothing."""
 
     def fail(self, reason: str) -> None:
         self._unusable = self._unusable or reason

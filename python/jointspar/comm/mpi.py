@@ -56,7 +56,7 @@ class MpiTransport(ProcessTransport):
             world_size=communicator.Get_size(),
             options=options,
         )
-        self.can_change_threads = mpi_module.Query_thread() >= mpi_module.THREAD_SERIALIZED
+        self.is_thread_safe = mpi_module.Query_thread() >= mpi_module.THREAD_MULTIPLE
         self._datatypes = {
             torch.float32: mpi_module.FLOAT,
             torch.float64: mpi_module.DOUBLE,
@@ -132,9 +132,8 @@ class MpiTransport(ProcessTransport):
     def agree_on_cuda(self) -> bool:
         if self._takes_cuda is None:
             verdict = cuda_mpi.decide()
-            own = np.array(
-                [verdict.is_usable and self.can_change_threads], dtype=np.int64
-            )  # it runs on a helper thread
+            is_threaded = self._mpi.Query_thread() >= self._mpi.THREAD_SERIALIZED  # the call runs on a helper thread
+            own = np.array([verdict.is_usable and is_threaded], dtype=np.int64)
             rows = self.start_headers(own, what="agreement on CUDA memory").wait()
             self._takes_cuda = bool(rows.all())
         return self._takes_cuda

@@ -49,11 +49,13 @@ class ProcessTransport(CheckedTransport):
 
     def abort(self, message: str) -> None:
         with watched(_ABORT_SECONDS, f"rank {self.rank} leaves by _exit: its abort did not end"):
-            print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
-            self.recorder.dump(message)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            self._end_job()
+            try:
+                print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
+                self.recorder.dump(message)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                self._end_job()
 
     def _is_shut_down(self) -> bool:
         """Whether somebody ended the library below."""

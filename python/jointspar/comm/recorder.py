@@ -48,7 +48,7 @@ class Recorder:
         return [
             f"{record.what}: {record.op}, {record.num_bytes} bytes, {record.elapsed():.6f} s"
             + ("" if record.seconds is not None else ", not finished")
-            for record in self._records
+            for record in list(self._records)
         ]
 
     def dump(self, reason: str) -> None:
@@ -76,7 +76,7 @@ class Recorder:
                 "seconds": record.elapsed(),
                 "is_finished": record.seconds is not None,
             }
-            for record in self._records
+            for record in list(self._records)
         ]
         content = {"rank": self._rank, "reason": reason, "operations": operations}
         (folder / f"rank-{self._rank}.json").write_text(json.dumps(content, indent=1) + "\n")

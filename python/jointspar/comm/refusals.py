@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ class CheckedTransport:
     """The part of a `Transport` that moves nothing. library: in errors, "MPI"."""
 
     is_simulated = False
-    can_change_threads = True
+    is_thread_safe = True
     is_in_background = False
     eager_bytes: int | None = None
 
@@ -27,6 +29,8 @@ class CheckedTransport:
         self._is_closed = False
         self._failure: str | None = None
         self._pid = os.getpid()
+        self._borrower: int | None = None  # a thread
+        self._give_back: Callable[[], None] | None = None
 
     def agree_on_cuda(self) -> bool:
         return False
@@ -34,6 +38,9 @@ class CheckedTransport:
     @property
     def is_closed(self) -> bool:
         return self._is_closed or self._is_shut_down()
+
+    def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
+        self._borrower, self._give_back = thread, give_back
 
     def fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -61,6 +68,8 @@ class CheckedTransport:
             raise JointSparError(f"{what}: {self._library} was shut down")
         if os.getpid() != self._pid:
             raise JointSparError(f"{what}: a forked process cannot use its parent's {self._library}")
+        if self._give_back is not None and threading.get_ident() != self._borrower:
+            self._give_back()
 
     def _check_rank(self, rank: int, argument: str) -> None:
         if not 0 <= rank < self.world_size:

@@ -73,7 +73,7 @@ class SimulatedTransport(CheckedTransport):
     """
 
     is_simulated = True
-    can_change_threads = False
+    is_thread_safe = False
 
     def __init__(self, world: _World, rank: int) -> None:
         super().__init__(library="simulation", name="simulated", rank=rank, world_size=world.size, timeout=float("inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -45,7 +46,7 @@ class Transport(Protocol):
     eager_bytes: int | None  # longer messages wait for an answer, which may wait behind other messages; None: no matter
     bytes_sent: int  # grows by what this rank hands over for sending, headers included
     is_simulated: bool  # nothing travels, so its times say nothing of a network
-    can_change_threads: bool  # another thread may go on with it, one at a time
+    is_thread_safe: bool  # a thread may use it beside others that use the library below
     is_in_background: bool  # set by who uses it beside a computation, which its waits then leave more time
 
     @property
@@ -77,6 +78,9 @@ class Transport(Protocol):
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         """Copy root's contiguous 1-D buffer of any dtype to every rank, in place."""
+
+    def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
+        """To a thread (its ident) for a while: the first use by another calls give_back, which must lend it to None."""
 
     def fail(self, reason: str) -> None:
         """Refuse all further use, because an exchange was left unfinished; the first reason is kept."""

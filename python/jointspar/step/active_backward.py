@@ -49,6 +49,7 @@ class ActiveBackward:
             if parameter.requires_grad:
                 _refuse_reentrant_checkpointing(parameter)
         weakref.finalize(self, _give_back, parameters, self.trainable, self._as_set)
+        weakref.finalize(self, _remove, self._watched)
 
     @property
     def updatable(self) -> np.ndarray:
@@ -103,9 +104,7 @@ class ActiveBackward:
     def release(self) -> None:
         """Give requires_grad back: as it was found, but for what the user changed since."""
         self._note = None
-        for handle in self._watched.values():
-            handle.remove()
-        self._watched.clear()
+        _remove(self._watched)
         self.observe_flags()
         _give_back(self._parameters, self.trainable, self._as_set)
 
@@ -139,6 +138,12 @@ def _refuse_reentrant_checkpointing(parameter: torch.Tensor) -> None:
             frame = frame.f_back
 
     handle = parameter.register_post_accumulate_grad_hook(look)
+
+
+def _remove(hooks: dict[int, RemovableHandle]) -> None:
+    for hook in hooks.values():
+        hook.remove()
+    hooks.clear()
 
 
 def _give_back(parameters: Sequence[torch.Tensor], trainable: np.ndarray, as_set: np.ndarray) -> None:

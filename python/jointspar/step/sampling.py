@@ -138,7 +138,7 @@ def draw_layers(
     order = np.argsort(-sizes, kind="stable")
     order = order[probabilities[order] > 0.0]
     drawn = probabilities[order]
-    run_length = max(2, round(drawn.size / drawn.sum())) if drawn.size else 2
+    run_length = max(2, round(drawn.size / max(drawn.sum(), 1.0)))
     active[order] = ops.sample_layers(
         drawn,
         seed=sampling.seed,
