@@ -121,7 +121,6 @@ class Pipeline:
         with stats.phase("go"):
             due = self._lesson_due(lesson)
             values = np.zeros(self.layers.num_layers) if due is None else due.local.wait()
-            self.agreement.wish(Wish.EXCHANGE_ANEW, early is None)
             gathered = self.agreement.go(
                 Op.EXCHANGE,
                 step=self.step_count,
@@ -129,6 +128,7 @@ class Pipeline:
                 dtype=total.packed.dtype,
                 hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable, total.exchange_name]),
                 values=np.append(values, found_inf),
+                wish=Wish.EXCHANGE_ANEW if early is None else Wish(0),
             )
         is_finite = not gathered[:, -1].any()
         if is_finite and self.agreement.is_wished(Wish.EXCHANGE_ANEW):

@@ -23,6 +23,8 @@ import atexit
 import os
 import time
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
@@ -84,7 +86,8 @@ class Agreement:
         self._step = 0
         self._pending_plan: PendingHeaders | None = None
         self._plan: np.ndarray | None = None  # bool [world_size, num_layers], the last completed
-        self._own_wishes = self._agreed_wishes = Wish(0)
+        self._own_wishes: set[Wish] = set()
+        self._agreed_wishes = Wish(0)
         self._is_over = False
         self._pid = os.getpid()
         _current[transport] = ref(self)
@@ -138,15 +141,16 @@ class Agreement:
         dtype: torch.dtype | None = None,
         hyper_hash: int = 0,
         values: np.ndarray | None = None,
+        wish: Wish = Wish(0),  # noqa: B008
     ) -> np.ndarray:
         """Meet all ranks before `op`; returns everybody's values, float64 [world_size, num_values].
 
         count, dtype: elements of the payload. hyper_hash: of the learning rates and what else may change between steps.
-        values: float64 [num_values] of this rank, not compared; zeros when None.
+        values: float64 [num_values] of this rank, not compared; zeros when None. wish: for this time only.
         Raises DesyncError on every rank when op, step, count, dtype or hyper_hash differ.
         """
         self._check_open()
-        own_wishes = self._own_wishes  # a signal handler may change them at any moment
+        own_wishes = reduce(or_, tuple(self._own_wishes), wish)
         own = np.zeros(self._num_values) if values is None else np.ascontiguousarray(values, dtype=np.float64)
         if own.shape != (self._num_values,):
             raise ValueError(f"values must be float64 [{self._num_values}], not shape {own.shape}")
@@ -183,8 +187,11 @@ class Agreement:
             self._fail(f"{describe(Op.CHECK, step)}: " + "; ".join(texts))
 
     def wish(self, wish: Wish, is_wished: bool = True) -> None:
-        """Tell the other ranks with the next go. Safe in a signal handler."""
-        self._own_wishes = self._own_wishes | wish if is_wished else self._own_wishes & ~wish
+        """Tell the other ranks with the next go, and those that follow. Safe in a signal handler."""
+        if is_wished:
+            self._own_wishes.add(wish)
+        else:
+            self._own_wishes.discard(wish)
 
     def is_wished(self, wish: Wish) -> bool:
         """Whether any rank wished it at the last go; the same on all ranks."""
