@@ -15,7 +15,8 @@ from jointspar import comm as comm_module
 from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
-from jointspar.pipeline import Exchanged, Pipeline
+from jointspar.gradient_exchange import Exchanged
+from jointspar.pipeline import Pipeline
 from jointspar.replicas import broadcast_parameters
 from jointspar.step.exchange import Costs, CustomExchange
 from jointspar.step.layers import Layer, group_layers, named_groups
@@ -207,7 +208,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         With overlap=True for all backward passes of a step but the last, and for those of another optimizer's loss that
         reach these parameters; without overlap every backward only accumulates.
         """
-        early = self._pipeline.early
+        early = self._pipeline.exchange.early
         return nullcontext() if early is None else early.paused()
 
     def release(self) -> None:

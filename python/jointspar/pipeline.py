@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,16 @@ import torch
 
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
-from jointspar.comm.heads import Op, Wish
+from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import Reading
-from jointspar.early_exchange import EarlyExchange
 from jointspar.errors import JointSparError
-from jointspar.gradient_sum import GradientSum
+from jointspar.gradient_exchange import Exchanged, GradientExchange
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
 from jointspar.step.exchange import Chooser, CustomExchange
 from jointspar.step.layers import Layers
-from jointspar.step.packing import PackedLayout, Packer, gradient_scales
+from jointspar.step.packing import Packer
 from jointspar.step.probabilities import LayerDistribution
 from jointspar.step.sampling import Sampling, draw_layers, probabilities_to_draw
 from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_packed, slice_norms
@@ -31,22 +29,6 @@ from jointspar.telemetry import Stats
 MAX_SKIPPED_IN_A_ROW = 50
 _BUCKET_BYTES = 4 * 2**20  # of what is exchanged at a time during backward
 _MAX_STEPS = 2**32  # the step is 32 bits of the counter that random numbers are made from
-
-
-@dataclass
-class Exchanged:
-    """One step's mean gradient between the exchange and the update."""
-
-    layout: PackedLayout
-    mean_grad: torch.Tensor  # packed
-    lesson: Lesson
-    gathered: np.ndarray  # float64 [world_size, num_layers]: every rank's squared norms of the lesson that is due
-    norms: torch.Tensor | None = None  # float64 [num_slices] of mean_grad as it is now; None: the update measures them
-    is_finite: bool = True  # as far as the host knows
-
-    def has_finite_norms(self) -> bool:
-        """Waits for the norms; the same on every rank, since all hold the same sum."""
-        return self.is_finite and self.norms is not None and bool(self.norms.isfinite().all())
 
 
 class Pipeline:
@@ -88,16 +70,20 @@ class Pipeline:
         self.step_count = 0
         self.skipped_in_a_row = 0
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
-        self.stats = Stats()
         self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
-        self._sent_before = 0
-        self._has_warned = False
-        self.early: EarlyExchange | None = None
-        if overlap:
-            self.early = EarlyExchange(comm, layers.parameters, self._begin_early, self._agree_early)
-            self.backward.watch(self.early.note)
+        self.exchange = GradientExchange(
+            layers, sampling, comm, self.agreement, self.backward, self.packer, self.chooser, overlap=overlap
+        )
         self.chooser.prepare(self.packer.dense_bytes(np.ones(len(layers.parameters), dtype=bool)))
         self.draw_next()
+
+    @property
+    def stats(self) -> Stats:
+        return self.exchange.stats
+
+    @stats.setter
+    def stats(self, stats: Stats) -> None:
+        self.exchange.stats = stats
 
     def exchange_gradients(
         self,
@@ -113,37 +99,12 @@ class Pipeline:
         grad_scale: what the gradients were multiplied by (GradScaler). found_inf: not 0 skips the step on all ranks.
         is_looked_at: the user sees the mean gradient before the update.
         """
-        stats = self.stats
         hyper.check()
-        early = self._sum_early(grad_scale)
-        total = self._packed(grad_scale) if early is None else early
-        lesson = Lesson(self.active, self.drawn, total.counts, self._local_norms(total, grad_scale))
-        with stats.phase("go"):
-            due = self._lesson_due(lesson)
-            values = np.zeros(self.layers.num_layers) if due is None else due.local.wait()
-            gathered = self.agreement.go(
-                Op.EXCHANGE,
-                step=self.step_count,
-                count=total.layout.total,
-                dtype=total.packed.dtype,
-                hyper_hash=stable_hash([hyper.agreed(), max_norm, self.backward.updatable, total.exchange_name]),
-                values=np.append(values, found_inf),
-                wish=Wish.EXCHANGE_ANEW if early is None else Wish(0),
-            )
-        is_finite = not gathered[:, -1].any()
-        if is_finite and self.agreement.is_wished(Wish.EXCHANGE_ANEW):
-            if early is not None:  # another rank's is void: this one's gradients are in a sum already
-                total = self._packed(grad_scale)
-            with stats.phase("exchange"):
-                for bucket in range(total.num_packed):
-                    total.exchange(bucket)
-        exchanged = Exchanged(total.layout, total.packed, lesson, gathered[:, :-1], is_finite=is_finite)
-        stats.exchange = total.exchange_name
-        stats.sent_bytes = self.comm.bytes_sent - self._sent_before
-        dense_bytes = self.packer.dense_bytes(self.backward.updatable)
-        stats.dense_bytes = self.chooser.sent_bytes(stats.exchange, dense_bytes)
+        exchanged = self.exchange.run(
+            self._lesson, [hyper.agreed(), max_norm], grad_scale=grad_scale, found_inf=found_inf
+        )
         if exchanged.is_finite and (not self.sampling.lag or is_looked_at or max_norm is not None):
-            with stats.phase("measure"):
+            with self.stats.phase("measure"):
                 self._measure(exchanged, max_norm)
         return exchanged
 
@@ -192,7 +153,7 @@ class Pipeline:
         eligible = self.distribution.eligible
         active_fraction = float(self.active[eligible].mean()) if eligible.any() else 1.0
         flops_skipped = None if self.flops is None else int(self.flops[eligible & ~self.active].sum())
-        lesson = self._lesson_due(exchanged.lesson)
+        lesson = self._lesson if self.sampling.lag else exchanged.lesson
         is_applied = lesson is None or lesson.was_applied()
         if lesson is not None and is_applied:
             with self.stats.phase("probabilities"):
@@ -224,8 +185,7 @@ class Pipeline:
                 world_size=self.comm.world_size,
             )
             self.backward.activate(self.layers.wanted_parameters(self.active))
-        if self.early is not None:
-            self.early.arm()
+        self.exchange.start(self.step_count, self.active, self.drawn)
         alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}
         sent_before = self.comm.bytes_sent
         self.agreement.post_plan(self.step_count, self.active, stable_hash(alike[self.sampling.strategy]))
@@ -285,85 +245,6 @@ class Pipeline:
         inside = {index for layer in sampled for index in layer.parameters}
         by_layer.append(stable_hash([parameters[index] for index in range(len(parameters)) if index not in inside]))
         self.agreement.compare_digests(self.step_count, np.array(by_layer, dtype=np.int64))
-
-    def _lesson_due(self, latest: Lesson) -> Lesson | None:
-        """This step's, or with lag=1 that of the step before."""
-        return self._lesson if self.sampling.lag else latest
-
-    def _packed(self, grad_scale: float) -> GradientSum:
-        """Stage 3, after backward."""
-        with self.stats.phase("plan"):
-            total = self._begin_sum(grad_scale)
-        with self.stats.phase("pack"):
-            for _ in total.layout.buckets:
-                total.pack_next()
-        return total
-
-    def _sum_early(self, grad_scale: float) -> GradientSum | None:
-        """What backward has exchanged, where that is worth anything."""
-        early = self.early
-        if early is None:
-            self._start_counting()
-            self.backward.observe()
-            return None
-        with self.stats.phase("exchange"):
-            total = early.finish()
-        self.backward.observe()
-        why = early.why_void
-        if grad_scale != 1.0:
-            why = "a GradScaler unscales gradients after backward"
-        elif (self.backward.updatable != self._updatable_early).any():
-            why = "parameters were frozen or thawed after backward"
-        if why is None:
-            return total
-        if not self._has_warned:
-            self._has_warned = True
-            what = f"overlap=True: what backward of step {self.step_count} sent was void, and is sent anew"
-            warnings.warn(f"{what}: {why}", stacklevel=5)
-        return None
-
-    def _begin_early(self) -> GradientSum:
-        """At the first gradient; stages 3 and 4 are part of backward's time from now on."""
-        self._start_counting()
-        self.backward.observe_flags()
-        self._updatable_early = self.backward.updatable
-        return self._begin_sum(grad_scale=1.0)
-
-    def _agree_early(self, total: GradientSum) -> None:
-        """Before any bucket travels, since go comes after all of them."""
-        self.agreement.go(
-            Op.OVERLAP,
-            step=self.step_count,
-            count=total.layout.total,
-            dtype=total.packed.dtype,
-            hyper_hash=stable_hash([self._updatable_early, total.exchange_name]),
-        )
-
-    def _start_counting(self) -> None:
-        self.stats.phase_ms.clear()
-        self._sent_before = self.comm.bytes_sent
-
-    def _begin_sum(self, grad_scale: float) -> GradientSum:
-        """What this step will sum, from what each rank plans to compute."""
-        layers, plan = self.layers, self.agreement.wait_plan()
-        counts = plan.sum(axis=0)
-        scales = gradient_scales(self.sampling.strategy, self.drawn, counts, self.comm.world_size)
-        return GradientSum(
-            self.packer,
-            self.chooser,
-            self.packer.layout(layers.wanted_parameters(plan) & self.backward.updatable),
-            step=self.step_count,
-            wanted=layers.wanted_parameters(self.active),
-            scales=np.append(scales, 1.0 / self.comm.world_size)[layers.layer_of] / grad_scale,
-            counts=counts,
-        )
-
-    def _local_norms(self, total: GradientSum, grad_scale: float) -> Reading:
-        """Squared norms by layer of this rank's gradients."""
-        positions = total.layout.positions
-        return Reading(
-            total.squared_norms(), lambda values: self.layers.sum_by_layer(values / grad_scale**2, positions)
-        )
 
     def _measure(self, exchanged: Exchanged, max_norm: float | None) -> None:
         exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)

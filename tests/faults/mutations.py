@@ -171,8 +171,8 @@ MUTATIONS = (
     ),
     Mutation(
         "another rank's void exchange during backward counts",
-        f"{PACKAGE}/pipeline.py",
-        "if is_finite and self.agreement.is_wished(Wish.EXCHANGE_ANEW):",
+        f"{PACKAGE}/gradient_exchange.py",
+        "if is_finite and self._agreement.is_wished(Wish.EXCHANGE_ANEW):",
         "if is_finite and early is None:",
         EARLY,
     ),

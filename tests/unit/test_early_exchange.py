@@ -49,7 +49,7 @@ def weights(model: nn.Module) -> torch.Tensor:
 def test_buckets_hold_every_slice_once_and_the_last_parameters_first() -> None:
     model = make_model()
     optimizer = make_optimizer(model, sampling=js.Sampling(budget=1.0, strategy="shared"))
-    total = optimizer._pipeline._begin_sum(grad_scale=1.0)
+    total = optimizer._pipeline.exchange._begin_sum(grad_scale=1.0)
     positions = [bucket.positions.tolist() for bucket in total.layout.buckets]
     # From the last, in bytes: 12 + 96; 32 + 256; 32 + 32 + 32 + 192.
     assert positions == [[6, 7], [4, 5], [0, 1, 2, 3]]
@@ -275,17 +275,17 @@ def test_release_and_a_later_optimizer_end_the_watch() -> None:
     first = make_optimizer(model, sampling=js.Sampling(budget=1.0, strategy="shared"))
     second = make_optimizer(model, sampling=js.Sampling(budget=1.0, strategy="shared"))
     loss_of(model).backward()
-    assert second._pipeline.early._packed and not first._pipeline.early._packed
+    assert second._pipeline.exchange.early._packed and not first._pipeline.exchange.early._packed
     second.step()
     second.release()
     loss_of(model).backward()
-    assert not second._pipeline.early._packed
+    assert not second._pipeline.exchange.early._packed
 
 
 def test_hooks_do_not_keep_an_optimizer_alive() -> None:
     model = make_model()
     optimizer = make_optimizer(model)
-    alive = weakref.ref(optimizer._pipeline.early)
+    alive = weakref.ref(optimizer._pipeline.exchange.early)
     del optimizer
     gc.collect()
     assert alive() is None
