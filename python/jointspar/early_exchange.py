@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 
 import torch
 
@@ -46,7 +47,8 @@ class EarlyExchange:
         begin: Callable[[], GradientSum],
         agree: Callable[[GradientSum], None],
     ) -> None:
-        self._transport, self._parameters, self._begin, self._agree = transport, parameters, begin, agree
+        self._transport, self._parameters = transport, parameters
+        self._begin, self._agree = weakref.WeakMethod(begin), weakref.WeakMethod(agree)  # of who holds this object
         self._thread: _Thread | None = None
         if transport.world_size > 1 and not transport.is_simulated:
             if not transport.is_thread_safe:
@@ -61,6 +63,8 @@ class EarlyExchange:
         self._phase = _Phase.ARMED
         self.why_void: str | None = None
         self._sum: GradientSum | None = None
+        self._jobs: list[Job] = []  # the agreement, then a bucket each
+        self._num_started = 0
         self._missing: list[set[int]] = []  # by bucket, positions of parameters whose gradients are still to come
         self._noted: set[int] = set()
         self._packed: list[tuple[int, torch.Tensor | None, int]] = []  # position, gradient, its version
@@ -110,39 +114,46 @@ class EarlyExchange:
         return None if self.why_void else total
 
     def _open(self) -> None:
-        self._sum = total = self._begin()
-        self._phase = _Phase.UNDER_WAY
-        self._missing = [total.positions_to_compute(bucket) for bucket in range(len(total.layout.buckets))]
+        self._transport.take_back()  # from another optimizer's exchange
+        begin, agree = self._begin(), self._agree()
+        assert begin is not None and agree is not None
+        self._sum = total = begin()
         num_threads = torch.get_num_threads()
+
+        def meet() -> None:
+            torch.set_num_threads(num_threads)  # of this thread, for sums
+            agree(total)
+
+        buckets = range(len(total.layout.buckets))
+        self._jobs = [meet, *(partial(total.exchange, bucket) for bucket in buckets)]
+        self._missing = [total.positions_to_compute(bucket) for bucket in buckets]
+        self._phase = _Phase.UNDER_WAY
         if self._thread is not None:
             self._transport.is_in_background = True
             self._transport.lend(self._thread.ident, self._give_back)
-            self._submit(lambda: torch.set_num_threads(num_threads))  # of the thread, for sums
-        self._submit(lambda: self._agree(total))
+        self._start_next()
 
     def _pack_while_full(self) -> None:
         total = self._sum
         assert total is not None
-        while self._missing and not self._missing[0]:
-            del self._missing[0]
+        while self._num_started < len(self._jobs) and not self._missing[self._num_started - 1]:
             bucket = total.pack_next()
             for position in total.positions_to_compute(bucket):
                 grad = self._parameters[position].grad
                 self._packed.append((position, grad, 0 if grad is None else grad._version))
-            self._submit(lambda bucket=bucket: total.exchange(bucket))  # type: ignore[misc]
+            self._start_next()
 
     def _give_back(self) -> None:
         """Somebody else needs the transport: the other ranks get what they wait for, though it is worth nothing."""
         self.why_void = "ranks met for something else between backward and step()"
-        total = self._sum
-        assert total is not None
         self._transport.is_in_background = False
-        for bucket in range(total.num_packed, len(total.layout.buckets)):
-            self._submit(lambda bucket=bucket: total.exchange(bucket))  # type: ignore[misc]
+        while self._num_started < len(self._jobs):
+            self._start_next()
         self._end()
 
-    def _submit(self, job: Job) -> None:
-        self._work.jobs.append(job)
+    def _start_next(self) -> None:
+        self._work.jobs.append(self._jobs[self._num_started])
+        self._num_started += 1
         if self._thread is not None:
             self._thread.run(self._work.run_next)
 
@@ -170,7 +181,7 @@ class EarlyExchange:
 
 
 class _Work:
-    """The jobs of one step, in their order. After one that failed no other rank expects the next."""
+    """The jobs of one step, in their order, up to one that fails: by a DesyncError on all ranks alike."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -199,7 +210,7 @@ class _Thread:
         thread = threading.Thread(target=run, name="jointspar", daemon=True)
         thread.start()
         self.ident = thread.ident
-        weakref.finalize(self, jobs.put, None)
+        weakref.finalize(self, jobs.put, None).atexit = False  # what exits may still need it
 
     def run(self, job: Job) -> None:
         self._jobs.put(job)

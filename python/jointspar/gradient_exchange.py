@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,12 +61,13 @@ class GradientExchange:
         self._layers, self._sampling, self._comm = layers, sampling, comm
         self._agreement, self._backward, self._packer, self._chooser = agreement, backward, packer, chooser
         self.stats = Stats()
-        self._sent_before = 0
+        self._sums: list[GradientSum] = []  # of this step: a second one where the first was void
+        self._headers_bytes = 0
         self._has_warned = False
         self.early: EarlyExchange | None = None
         if overlap:
             self.early = EarlyExchange(comm, layers.parameters, self._begin_early, self._agree_early)
-            backward.watch(self.early.note)
+            backward.watch(weakref.WeakMethod(self._note))
 
     def start(self, step: int, active: np.ndarray, drawn: np.ndarray) -> None:
         """A new step: bool [num_layers], what this rank computes; float64 [num_layers], what that was drawn from."""
@@ -87,7 +90,7 @@ class GradientExchange:
         with stats.phase("go"):
             due = lesson_before if self._sampling.lag else lesson
             values = np.zeros(self._layers.num_layers) if due is None else due.local.wait()
-            gathered = self._agreement.go(
+            gathered = self._go(
                 Op.EXCHANGE,
                 step=self._step,
                 count=total.layout.total,
@@ -105,7 +108,7 @@ class GradientExchange:
                     total.exchange(bucket)
         exchanged = Exchanged(total.layout, total.packed, lesson, gathered[:, :-1], is_finite=is_finite)
         stats.exchange = total.exchange_name
-        stats.sent_bytes = self._comm.bytes_sent - self._sent_before
+        stats.sent_bytes = self._headers_bytes + sum(each.sent_bytes for each in self._sums)
         dense_bytes = self._packer.dense_bytes(self._backward.updatable)
         stats.dense_bytes = self._chooser.sent_bytes(stats.exchange, dense_bytes)
         return exchanged
@@ -151,7 +154,7 @@ class GradientExchange:
 
     def _agree_early(self, total: GradientSum) -> None:
         """Before any bucket travels, since go comes after all of them."""
-        self._agreement.go(
+        self._go(
             Op.OVERLAP,
             step=self._step,
             count=total.layout.total,
@@ -159,24 +162,39 @@ class GradientExchange:
             hyper_hash=stable_hash([self._updatable_early, total.exchange_name]),
         )
 
+    def _go(self, op: Op, **named: Any) -> np.ndarray:
+        sent_before = self._comm.bytes_sent
+        gathered = self._agreement.go(op, **named)
+        self._headers_bytes += self._comm.bytes_sent - sent_before
+        return gathered
+
+    def _note(self, position: int) -> None:
+        """Backward passes after the last step send nothing."""
+        if self.early is not None and not self._agreement.is_over:
+            self.early.note(position)
+
     def _start_counting(self) -> None:
         self.stats.phase_ms.clear()
-        self._sent_before = self._comm.bytes_sent
+        self._sums.clear()
+        self._headers_bytes = 0
 
     def _begin_sum(self, grad_scale: float) -> GradientSum:
         """What this step will sum, from what each rank plans to compute."""
         layers, plan = self._layers, self._agreement.wait_plan()
         counts = plan.sum(axis=0)
         scales = gradient_scales(self._sampling.strategy, self._drawn, counts, self._comm.world_size)
-        return GradientSum(
+        total = GradientSum(
             self._packer,
             self._chooser,
+            self._comm,
             self._packer.layout(layers.wanted_parameters(plan) & self._backward.updatable),
             step=self._step,
             wanted=layers.wanted_parameters(self._active),
             scales=np.append(scales, 1.0 / self._comm.world_size)[layers.layer_of] / grad_scale,
             counts=counts,
         )
+        self._sums.append(total)
+        return total
 
     def _local_norms(self, total: GradientSum, grad_scale: float) -> Reading:
         """Squared norms by layer of this rank's gradients."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices
 from jointspar.step.packing import PackedLayout, Packer
 
@@ -21,6 +22,7 @@ class GradientSum:
         self,
         packer: Packer,
         chooser: Chooser,
+        comm: Transport,
         layout: PackedLayout,
         *,
         step: int,
@@ -28,7 +30,8 @@ class GradientSum:
         scales: np.ndarray,
         counts: np.ndarray,
     ) -> None:
-        self._packer, self._chooser = packer, chooser
+        self._packer, self._chooser, self._comm = packer, chooser, comm
+        self.sent_bytes = 0  # by this rank
         self._what = f"step {step} exchange"
         self._wanted, self._scales = wanted, scales
         self.layout, self.counts = layout, counts
@@ -59,9 +62,10 @@ class GradientSum:
 
     def exchange(self, bucket: int) -> None:
         """Sum a packed bucket over the ranks, in place. Collective."""
-        layout = self.layout.buckets[bucket]
+        layout, sent_before = self.layout.buckets[bucket], self._comm.bytes_sent
         packed, slices = self._packer.buffer(layout), _slices(layout)
         self._chooser.exchange(self.exchange_name, packed, what=self._what, slices=slices)
+        self.sent_bytes += self._comm.bytes_sent - sent_before
 
 
 def _slices(layout: PackedLayout) -> Slices:

@@ -15,6 +15,7 @@ from torch import nn
 
 import jointspar as js
 from jointspar import pipeline
+from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
 from jointspar.errors import DesyncError
 
@@ -58,6 +59,8 @@ def train(kind: type[Any], settings: dict[str, Any], max_norm: float | None) -> 
             with optimizer.no_sync():
                 backward(model)
         backward(model)
+        early = optimizer._pipeline.exchange.early
+        assert early is None or early._packed or not optimizer.active.any()  # in the midst of backward
         optimizer.step(max_norm=max_norm)
     optimizer.finish()
     return weights(model), optimizer.stats
@@ -249,6 +252,36 @@ def meet_between_backward_and_step() -> None:
 @BY_MPI
 def test_another_meeting_between_backward_and_step_costs_time_only(run_ranks: Any) -> None:
     run_ranks(2, meet_between_backward_and_step)
+
+
+def share_a_loss() -> None:
+    """Two optimizers that both send during backward, as far as they can; one was asked for its plan before."""
+    pipeline._BUCKET_BYTES = 2000
+    comm, results = js.comm.world(), []
+    for overlap in (True, False):
+        model = make_model()
+        named = list(model.named_parameters())
+        parts = [[(n, p) for n, p in named if p.ndim == 2], [(n, p) for n, p in named if p.ndim != 2]]
+        sampling = js.Sampling(grouping="tensor")
+        sent_before = comm.bytes_sent
+        optimizers = [
+            js.JointSparSGD(part, lr=0.1, overlap=overlap, exchange="ring", sampling=sampling) for part in parts
+        ]
+        for step in range(8):
+            optimizers[step % 2].meet(Op.SAVE)
+            model.zero_grad()
+            torch.manual_seed(10 * step + comm.rank)
+            backward(model)
+            for optimizer in optimizers[:: 1 if step % 4 < 2 else -1]:
+                optimizer.step()
+        assert sum(optimizer.stats.total_sent_bytes for optimizer in optimizers) < comm.bytes_sent - sent_before
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+@BY_MPI
+def test_two_optimizers_share_a_loss(run_ranks: Any) -> None:
+    run_ranks(2, share_a_loss)
 
 
 def drop_after_backward() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import types
 import warnings
 import weakref
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import jointspar as js
 from jointspar import pipeline
+from jointspar.comm.refusals import CheckedTransport
 from jointspar.early_exchange import EarlyExchange
-from jointspar.errors import JointSparError
+from jointspar.errors import JointSparError, RanksLost
 from jointspar.step.packing import Packer
 
 
@@ -145,23 +147,25 @@ def scale(model: nn.Module, optimizer: Any) -> None:
         (scale, "a GradScaler"),
     ],
 )
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.filterwarnings("ignore:.*was active but got no gradient")
-def test_what_was_sent_is_void_where_gradients_change_before_the_step(change: Any, why: str) -> None:
+def test_what_was_sent_is_void_where_gradients_change_before_the_step(change: Any, why: str, lag: int) -> None:
     """On one rank only, so that the other learns of it from this one."""
 
     def run(overlap: bool) -> list[torch.Tensor]:
         def train(transport: Any) -> torch.Tensor:
             model = make_model()
-            optimizer = make_optimizer(model, overlap=overlap, comm=transport, exchange="ring")
+            sampling = js.Sampling(strategy="independent", lag=lag)
+            optimizer = make_optimizer(model, overlap=overlap, comm=transport, exchange="ring", sampling=sampling)
             is_changed = transport.rank == 1 or change is set_trainable  # on all ranks alike
-            for step in range(3):
+            for step in range(5):
                 optimizer.zero_grad()
                 loss_of(model, 2 * step + transport.rank).backward()
                 if step == 1 and is_changed:
                     change(model, optimizer)
                 optimizer.step()
                 optimizer.grad_scale = None
-            return weights(model)
+            return torch.cat([weights(model).double(), optimizer.probabilities])
 
         return js.comm.run_simulated(2, train)
 
@@ -362,7 +366,50 @@ def test_a_resumed_run_goes_on_as_the_first(tmp_path: Any) -> None:
 
 
 def test_a_transport_that_is_bound_to_one_thread_is_refused() -> None:
+    model = make_model()
     transport = types.SimpleNamespace(world_size=2, is_simulated=False, is_thread_safe=False)
-    nothing: Any = None
     with pytest.raises(JointSparError, match="MPI_THREAD_MULTIPLE"):
-        EarlyExchange(cast(Any, transport), [], nothing, nothing)
+        EarlyExchange(cast(Any, transport), [], cast(Any, model.train), cast(Any, model.eval))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_step_that_raised_while_it_packed_can_be_made_again(overlap: bool) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, overlap=overlap, sampling=js.Sampling(budget=1.0, strategy="shared"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was active but got no gradient"):
+            optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    loss_of(model).backward()
+    optimizer.step()
+    assert optimizer.stats.steps == 2
+
+
+def test_backward_may_go_on_after_the_last_step() -> None:
+    def run(transport: Any) -> None:
+        model = make_model()
+        optimizer = make_optimizer(model, comm=transport)
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.finish()
+        loss_of(model).backward()
+
+    js.comm.run_simulated(2, run)
+
+
+def test_whoever_uses_a_lent_transport_learns_what_the_borrower_met() -> None:
+    transport = CheckedTransport(library="test", name="test", rank=0, world_size=2, timeout=1.0)
+
+    def give_back() -> None:
+        transport.lend(None)
+        raise RanksLost("rank 1 has died")
+
+    transport.lend(threading.get_ident() + 1, give_back)
+    transport.fail("other ranks have died")
+    with pytest.raises(RanksLost, match="rank 1 has died"):
+        transport._check_usable("save")
+    with pytest.raises(JointSparError, match="save: the transport cannot be used any more: other ranks have died"):
+        transport._check_usable("save")

@@ -97,6 +97,11 @@ class Agreement:
             atexit.register(self._finish_at_exit)
 
     @property
+    def is_over(self) -> bool:
+        """Whether the ranks have finished, or disagreed."""
+        return self._is_over
+
+    @property
     def step(self) -> int:
         """The step of the last posted plan."""
         return self._step

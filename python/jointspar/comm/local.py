@@ -58,6 +58,9 @@ class LocalTransport:
     def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
         """Changes nothing: a single process exchanges nothing."""
 
+    def take_back(self) -> None:
+        """Changes nothing."""
+
     def fail(self, reason: str) -> None:
         self._unusable = self._unusable or reason
 

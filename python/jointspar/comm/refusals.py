@@ -40,7 +40,12 @@ class CheckedTransport:
         return self._is_closed or self._is_shut_down()
 
     def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
+        assert give_back is None or self._give_back is None
         self._borrower, self._give_back = thread, give_back
+
+    def take_back(self) -> None:
+        if self._give_back is not None:
+            self._give_back()
 
     def fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -62,14 +67,14 @@ class CheckedTransport:
         return as_bytes(buffer)
 
     def _check_usable(self, what: str) -> None:
+        if os.getpid() != self._pid:
+            raise JointSparError(f"{what}: a forked process cannot use its parent's {self._library}")
+        if threading.get_ident() != self._borrower:
+            self.take_back()  # raises what the borrower met, such as RanksLost
         if self._failure is not None:
             raise JointSparError(f"rank {self.rank}: {what}: the transport cannot be used any more: {self._failure}")
         if self._is_shut_down():
             raise JointSparError(f"{what}: {self._library} was shut down")
-        if os.getpid() != self._pid:
-            raise JointSparError(f"{what}: a forked process cannot use its parent's {self._library}")
-        if self._give_back is not None and threading.get_ident() != self._borrower:
-            self._give_back()
 
     def _check_rank(self, rank: int, argument: str) -> None:
         if not 0 <= rank < self.world_size:

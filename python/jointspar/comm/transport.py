@@ -82,6 +82,9 @@ class Transport(Protocol):
     def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
         """To a thread (its ident) for a while: the first use by another calls give_back, which must lend it to None."""
 
+    def take_back(self) -> None:
+        """Have it given back now, where it is lent. Raises what the borrower met."""
+
     def fail(self, reason: str) -> None:
         """Refuse all further use, because an exchange was left unfinished; the first reason is kept."""
 

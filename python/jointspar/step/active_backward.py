@@ -40,7 +40,7 @@ class ActiveBackward:
         self._as_set = self.trainable.copy()
         self._fallback = len(parameters) - 1
         self._is_reached = self.trainable.copy()  # whether the loss depends on it, as far as is known
-        self._note: Callable[[int], None] | None = None
+        self._note: weakref.WeakMethod[Callable[[int], None]] | None = None
         self._watched: dict[int, RemovableHandle] = {}
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
@@ -56,8 +56,8 @@ class ActiveBackward:
         """bool [num_parameters]: trainable now, and when the iteration under way began."""
         return self.trainable & self._trainable_before
 
-    def watch(self, note: Callable[[int], None]) -> None:
-        """Call note(position) for each parameter of which a backward has accumulated the gradient, until `release`."""
+    def watch(self, note: weakref.WeakMethod[Callable[[int], None]]) -> None:
+        """Call note()(position) where a backward has accumulated a parameter's gradient, until `release`."""
         self._note = note
         self._watch_differentiable()
 
@@ -114,8 +114,9 @@ class ActiveBackward:
 
         def tell(_: torch.Tensor, position: int) -> None:
             alive = owner()
-            if alive is not None and alive._note is not None:
-                alive._note(position)
+            note = None if alive is None or alive._note is None else alive._note()
+            if note is not None:
+                note(position)
 
         for position in np.flatnonzero(self._as_set).tolist():
             if position not in self._watched:
