@@ -19,7 +19,8 @@ class Stats:
 
     `exchange` names how the gradients were summed. `sent_bytes` is what this rank handed to its transport;
     `dense_bytes` what the same exchange would have sent for all layers. `weight_grad_flops_skipped` is None until
-    `count_flops` was called on the optimizer. Times are wall-clock milliseconds of the last step, by phase.
+    `count_flops` was called on the optimizer. Times are wall-clock milliseconds of the last step, by phase;
+    with overlap=True of what backward has left to do.
     """
 
     steps: int = 0

@@ -47,7 +47,7 @@ class Transport(Protocol):
     bytes_sent: int  # grows by what this rank hands over for sending, headers included
     is_simulated: bool  # nothing travels, so its times say nothing of a network
     is_thread_safe: bool  # a thread may use it beside others that use the library below
-    is_in_background: bool  # set by who uses it beside a computation, which its waits then leave more time
+    is_in_background: bool  # set by who uses it beside a computation: waits that poll then poll less often
 
     @property
     def is_closed(self) -> bool:
