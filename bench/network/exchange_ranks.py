@@ -20,7 +20,7 @@ from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices, candidates
 from jointspar.step.layers import group_layers
 from jointspar.step.packing import Packer
-from network.counters import received_bytes, sent_bytes
+from counters import received_bytes, sent_bytes
 from step.exchange import draw_slices
 from step.models import CASES, make_model
 

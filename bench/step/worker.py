@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import counters
 import jointspar as js
 from jointspar.comm.hashing import stable_hash
 from jointspar.training.config import DATASETS, REFERENCE_BATCH
@@ -106,10 +107,10 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
     gc.collect()
     gc.disable()
     dist.barrier(ranks.group)
-    before = method.sent_bytes, bytes_of_interface(interface)
+    before = method.sent_bytes, counters.sent_bytes(interface)
     rows = [list(method.run(batch).values()) for _ in range(iterations)]
     dist.barrier(ranks.group)
-    after = method.sent_bytes, bytes_of_interface(interface)
+    after = method.sent_bytes, counters.sent_bytes(interface)
     gc.enable()
     sent = np.nan if before[0] is None or after[0] is None else after[0] - before[0]
     own = np.array([*np.sum(rows, axis=0), sent, after[1] - before[1]])
@@ -186,15 +187,6 @@ def gather(own: np.ndarray, ranks: Ranks) -> np.ndarray:
     """Every rank's float64 [n] as [world_size, n]."""
     words = np.ascontiguousarray(own, dtype=np.float64).view(np.int64)
     return ranks.comm.start_headers(words, what="figures").wait().view(np.float64)
-
-
-def bytes_of_interface(name: str) -> int:
-    """What a network interface has sent since it was made, headers of all protocols included."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        interface, _, counters = line.partition(":")
-        if interface.strip() == name:
-            return int(counters.split()[8])
-    raise ValueError(f"--interface: there is no {name!r} in /proc/net/dev")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -38,12 +38,15 @@ JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE float to_float(Float16 value) {
     return bit_cast<float>((word & kSign) | magnitude);
 }
 
-// To nearest even. NaN becomes 0xFFFF, as in PyTorch's vector code on x86.
-JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE BFloat16 to_bfloat16(float value) {
+// The upper half is `value` in bfloat16, to nearest even. NaN becomes all ones, as in PyTorch's vector code on x86.
+JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE uint32_t round_to_upper_half(float value) {
     const uint32_t word = bit_cast<uint32_t>(value);
-    const uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
-    const bool is_nan = (word & 0x7FFFFFFFu) > 0x7F800000u;
-    return BFloat16{static_cast<uint16_t>(select_bits(is_nan, 0xFFFFu, rounded))};
+    const uint32_t all_ones_if_nan = 0u - static_cast<uint32_t>(value != value);
+    return (word + 0x7FFFu + ((word >> 16) & 1u)) | all_ones_if_nan;
+}
+
+JOINTSPAR_HOST_DEVICE JOINTSPAR_INLINE BFloat16 to_bfloat16(float value) {
+    return BFloat16{static_cast<uint16_t>(round_to_upper_half(value) >> 16)};
 }
 
 // To nearest even. NaN stays NaN, quiet, with its sign and the upper bits of its payload, as the F16C instructions do.

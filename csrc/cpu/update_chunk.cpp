@@ -1,5 +1,7 @@
 #include "cpu/update_chunk.h"
 
+#include <type_traits>
+
 #include "common/lars_math.h"
 #include "cpu/simd.h"
 #include "cpu/zero_chunk.h"
@@ -17,6 +19,16 @@ struct ChunkUpdate {
     UpdateFactors<double> factors;
     bool nesterov;
 };
+
+// `value` as reading it back would give it, in registers: stores and loads of 16 bits would not become vector code.
+template <class Param, class Acc>
+JOINTSPAR_INLINE Acc as_stored(Acc value) {
+    if constexpr (std::is_same_v<Param, BFloat16>) {
+        return bit_cast<float>(round_to_upper_half(value) & 0xFFFF0000u);
+    } else {
+        return convert<Acc>(convert<Param>(value));
+    }
+}
 
 template <bool kNesterov, class Param, class Grad>
 JOINTSPAR_INLINE UpdateSums update_values(Param* __restrict params, const Grad* __restrict grads,
@@ -36,7 +48,7 @@ JOINTSPAR_INLINE UpdateSums update_values(Param* __restrict params, const Grad* 
         momentum_step<kNesterov>(param, momentum_buffer, static_cast<Acc>(grad), factors);
         momenta[i] = momentum_buffer;
         params[i] = convert<Param>(param);
-        param = convert<Acc>(convert<Param>(param));  // not params[i]: 16-bit types would not become vector code
+        param = as_stored<Param>(param);
         param_squares.lanes[lane] += param * param;
     });
     return {checked_total(param_squares, params, chunk.size), checked_total(grad_squares, grads, chunk.size)};

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import jointspar as js
 from device_support import DEVICE
 from jointspar import ops
 
@@ -103,6 +104,11 @@ def test_a_backend_for_the_host_says_that_it_does_not_serve_a_device(monkeypatch
     monkeypatch.setenv("JOINTSPAR_BACKEND", "reference")
     with pytest.raises(RuntimeError, match="JOINTSPAR_BACKEND=reference"):
         ops.squared_norms([ones()])
+
+
+def test_exchange_during_backward_is_for_parameters_on_the_host() -> None:
+    with pytest.raises(ValueError, match="overlap: for parameters in host memory only"):
+        js.JointSparLARS([torch.nn.Parameter(ones())], lr=0.1, overlap=True)
 
 
 def test_arrays_on_two_devices_are_refused_by_name() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+import counters
 from step.methods import LARS, METHODS, PHASES, Setting
 from step.models import CASES, make_batch, make_model
-from step.worker import bytes_of_interface, check_replicas, connect, gather, main
+from step.worker import check_replicas, connect, gather, main
 
 pytestmark = pytest.mark.mpi
 by_mpirun = pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)  # as the benchmark starts its ranks
@@ -107,6 +108,6 @@ def test_loss_curve_has_a_loss_for_every_iteration(run_ranks, tmp_path):
 
 
 def test_interface_counts_bytes():
-    assert bytes_of_interface("lo") >= 0
-    with pytest.raises(ValueError, match="no 'nowhere'"):
-        bytes_of_interface("nowhere")
+    assert counters.sent_bytes("lo") >= 0
+    with pytest.raises(ValueError, match="no interface 'nowhere'"):
+        counters.sent_bytes("nowhere")
