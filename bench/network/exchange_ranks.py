@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 import jointspar as js
+from counters import received_bytes, sent_bytes
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices, candidates
 from jointspar.step.layers import group_layers
 from jointspar.step.packing import Packer
-from counters import received_bytes, sent_bytes
 from step.exchange import draw_slices
 from step.models import CASES, make_model
 

@@ -24,6 +24,7 @@ struct ChunkUpdate {
 template <class Param, class Acc>
 JOINTSPAR_INLINE Acc as_stored(Acc value) {
     if constexpr (std::is_same_v<Param, BFloat16>) {
+        static_assert(std::is_same_v<Acc, float>);
         return bit_cast<float>(round_to_upper_half(value) & 0xFFFF0000u);
     } else {
         return convert<Acc>(convert<Param>(value));

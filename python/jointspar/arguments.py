@@ -49,17 +49,24 @@ def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarr
     """float64 [length] from one number or one a tensor; finite and at least `low`."""
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
         try:
-            number = float(value)
+            one = float(value)
         except OverflowError:
             raise ValueError(f"{name}: too large for a float") from None
-        fits, array = math.isfinite(number) and number >= low, np.full(length, number)
+        fits, array = math.isfinite(one) and one >= low, np.full(length, one)
     else:
-        one = isinstance(value, torch.Tensor) and value.ndim == 0
-        array = np.full(length, vector(name, value.reshape(1))[0]) if one else vector(name, value, length)
+        is_one = isinstance(value, torch.Tensor) and value.ndim == 0
+        array = np.full(length, vector(name, value.reshape(1))[0]) if is_one else vector(name, value, length)
         fits = np.isfinite(array).all() and not (array < low).any()
     if not fits:
         raise ValueError(f"{name}: must be finite" + (f" and at least {low}" if np.isfinite(low) else ""))
     return array
+
+
+def number(name: str, value: Any, low: float) -> float:
+    """One number, finite and at least `low`."""
+    if type(value) is float and low <= value and -math.inf < value < math.inf:  # nearly always
+        return value
+    return float(per_tensor(name, value, 1, low=low)[0])
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
@@ -67,12 +74,12 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name}: expected a whole number, got a bool")
     try:
-        number = operator.index(value)
+        whole = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name}: {number} is outside [{low}, {high}]")
-    return number
+    if not low <= whole <= high:
+        raise ValueError(f"{name}: {whole} is outside [{low}, {high}]")
+    return whole
 
 
 def whole_layout(layout: Any, length: int | None) -> np.ndarray:
@@ -88,9 +95,12 @@ def whole_layout(layout: Any, length: int | None) -> np.ndarray:
 
 def check_range(name: str, values: np.ndarray, low: float, high: float) -> None:
     """Every value finite and in [low, high]."""
-    if not np.isfinite(values).all():
+    if values.size == 0:
+        return
+    smallest, largest = np.minimum.reduce(values), np.maximum.reduce(values)  # NaN where any value is
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"{name}: holds a NaN or infinity")
-    if values.size and (values.min() < low or values.max() > high):
+    if smallest < low or largest > high:
         raise ValueError(f"{name}: values must be in [{low:g}, {high:g}]")
 
 

@@ -24,6 +24,12 @@ TEST(bfloat16_survives_the_way_through_float) {
     }
 }
 
+TEST(bfloat16_of_any_nan_is_all_ones) {
+    for (const uint32_t word : {0x7F800001u, 0x7FC00000u, 0x7FFFFFFFu, 0xFF800001u, 0xFFFFFFFFu}) {
+        CHECK(to_bfloat16(bit_cast<float>(word)).bits == 0xFFFF);
+    }
+}
+
 TEST(float16_values_by_hand) {
     CHECK(to_float(Float16{0x3C00}) == 1.0f);
     CHECK(to_float(Float16{0xC000}) == -2.0f);

@@ -145,6 +145,13 @@ def test_a_librarys_allreduce_beyond_what_was_measured_must_promise_a_tenth_less
     assert far.cheapest(everything(1000), 4) == "allreduce"
 
 
+def test_long_messages_must_promise_a_tenth_less_than_short_ones():
+    def chosen(ring: float) -> str:
+        return Costs((1000,), {"ring": (ring,), "ring_short": (1.0,)}).cheapest(everything(250), 4)
+
+    assert [chosen(0.89), chosen(0.92), chosen(1.0)] == ["ring", "ring_short", "ring_short"]
+
+
 def test_a_state_is_taken_over_where_it_applies():
     saved = chooser((16, 256), allreduce=(1.0, 2.0), ring=(3.0, 4.0))
     other = chooser((16,), allreduce=(9.0,), ring=(9.0,))
