@@ -21,8 +21,7 @@ _SECONDS = 1.0  # that one buffer may take: no further round, and no larger buff
 _SHORT_TRIAL = 1000  # elements
 _LARGEST_TRIAL_BYTES = 4 * 1024 * 1024
 _ADDING_RANKS = 32
-_BEYOND_MEASURED = 1.1  # longer buffers: an MPI may take another algorithm for them, the others go on as they do
-_ANSWERED = 1.1  # long messages where short ones need no answer: they take now this, now that, and the best misleads
+_UNSTEADY = 1.1  # what takes now this, now that, or another algorithm for longer buffers, looks better than it is
 _ROUNDS = 3  # the best counts: anything else on the machine only makes an exchange slower
 
 
@@ -36,22 +35,19 @@ class Costs:
     def promise(self, name: str, num_bytes: float) -> float:
         """Seconds for so many bytes: linear between lengths, the first below it, in proportion above the last."""
         inside = float(np.interp(num_bytes, self.num_bytes, self.seconds[name]))
-        longest = self.num_bytes[-1]
-        if num_bytes <= longest:
-            return inside
-        return inside * num_bytes / longest * (_BEYOND_MEASURED if name == "allreduce" else 1.0)
+        return inside * max(1.0, num_bytes / self.num_bytes[-1])
 
     def cheapest(self, slices: Slices, itemsize: int) -> str:
         """The name that promises the least time for a buffer; of equal ones the first.
 
-        "two_shot", short or not, is judged by what it sends of these slices, the others by the buffer's length. What
-        also goes in short messages must promise a tenth less.
+        "two_shot", short or not, is judged by what it sends of these slices, the others by the buffer's length. A
+        library's allreduce, and long messages where there are short ones, must promise a tenth less.
         """
         length = int(slices.sizes.sum())
 
         def promised(name: str) -> float:
             num_elements = slices.sent_by_two_shot() if name.startswith("two_shot") else length
-            factor = _ANSWERED if f"{name}_short" in self.seconds else 1.0
+            factor = _UNSTEADY if name == "allreduce" or f"{name}_short" in self.seconds else 1.0
             return factor * self.promise(name, itemsize * num_elements)
 
         return min(self.seconds, key=promised)
