@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import jointspar as js
-from counters import received_bytes, sent_bytes
+from interface_counters import received_bytes, sent_bytes
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices, candidates
 from jointspar.step.layers import group_layers

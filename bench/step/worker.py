@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import counters
+import interface_counters
 import jointspar as js
 from jointspar.comm.hashing import stable_hash
 from jointspar.training.config import DATASETS, REFERENCE_BATCH
@@ -107,10 +107,10 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
     gc.collect()
     gc.disable()
     dist.barrier(ranks.group)
-    before = method.sent_bytes, counters.sent_bytes(interface)
+    before = method.sent_bytes, interface_counters.sent_bytes(interface)
     rows = [list(method.run(batch).values()) for _ in range(iterations)]
     dist.barrier(ranks.group)
-    after = method.sent_bytes, counters.sent_bytes(interface)
+    after = method.sent_bytes, interface_counters.sent_bytes(interface)
     gc.enable()
     sent = np.nan if before[0] is None or after[0] is None else after[0] - before[0]
     own = np.array([*np.sum(rows, axis=0), sent, after[1] - before[1]])

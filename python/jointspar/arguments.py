@@ -62,11 +62,11 @@ def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarr
     return array
 
 
-def number(name: str, value: Any, low: float) -> float:
-    """One number, finite and at least `low`."""
-    if type(value) is float and low <= value and -math.inf < value < math.inf:  # nearly always
+def number(name: str, value: Any) -> float:
+    """One number, finite and at least 0."""
+    if type(value) is float and 0.0 <= value < math.inf:  # nearly always
         return value
-    return float(per_tensor(name, value, 1, low=low)[0])
+    return float(per_tensor(name, value, 1)[0])
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-import counters
+import interface_counters
 from step.methods import LARS, METHODS, PHASES, Setting
 from step.models import CASES, make_batch, make_model
 from step.worker import check_replicas, connect, gather, main
@@ -108,6 +108,6 @@ def test_loss_curve_has_a_loss_for_every_iteration(run_ranks, tmp_path):
 
 
 def test_interface_counts_bytes():
-    assert counters.sent_bytes("lo") >= 0
+    assert interface_counters.sent_bytes("lo") >= 0
     with pytest.raises(ValueError, match="no interface 'nowhere'"):
-        counters.sent_bytes("nowhere")
+        interface_counters.sent_bytes("nowhere")

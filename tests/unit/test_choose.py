@@ -132,7 +132,9 @@ def test_of_equal_promises_the_first_is_taken():
     assert Costs((40,), {"ring": (1.0,), "two_shot": (1.0,)}).cheapest(everything(10), 4) == "ring"
 
 
-@pytest.mark.parametrize(("unsteady", "steady"), [("allreduce", "ring"), ("ring", "ring_short")])
+@pytest.mark.parametrize(
+    ("unsteady", "steady"), [("allreduce", "ring"), ("ring", "ring_short"), ("two_shot", "two_shot_short")]
+)
 def test_a_librarys_allreduce_and_long_messages_must_promise_a_tenth_less(unsteady, steady):
     def chosen(seconds, num_elements):
         return Costs((1000,), {unsteady: (seconds,), steady: (1.0,)}).cheapest(everything(num_elements), 4)

@@ -139,7 +139,7 @@ def update_probabilities(
     serving, place = serving_of(probabilities)
     if place is None:
         p, drawn, n2, is_active = _bandit_vectors(probabilities, drawn_probabilities, squared_norms, active)
-        bound: Any = number("gradient_bound", gradient_bound, 0.0)
+        bound: Any = number("gradient_bound", gradient_bound)
     else:
         p = device_vector("probabilities", probabilities, place)
         drawn = device_vector("drawn_probabilities", drawn_probabilities, place)
@@ -155,7 +155,7 @@ def update_probabilities(
         gradient_bound=bound,
         budget=budget,
         p_min=p_min,
-        bandit_lr=number("bandit_lr", bandit_lr, 0.0),
+        bandit_lr=number("bandit_lr", bandit_lr),
         shift=flag("shift", shift),
     )
     bound = bound if place is None else bound.reshape(())
@@ -178,7 +178,7 @@ def _bandit_vectors(
 
 def _feasible(budget: Any, p_min: Any, num_layers: int) -> tuple[float, float]:
     """Checks 0 < p_min <= budget / num_layers <= 1 up to rounding."""
-    budget, p_min = number("budget", budget, 0.0), number("p_min", p_min, 0.0)
+    budget, p_min = number("budget", budget), number("p_min", p_min)
     tolerance = 1e-9 * max(1.0, budget)
     if not 0.0 < p_min <= 1.0:
         raise ValueError(f"p_min: {p_min} is not in (0, 1]")

@@ -21,7 +21,7 @@ _SECONDS = 1.0  # that one buffer may take: no further round, and no larger buff
 _SHORT_TRIAL = 1000  # elements
 _LARGEST_TRIAL_BYTES = 4 * 1024 * 1024
 _ADDING_RANKS = 32
-_UNSTEADY = 1.1  # what takes now this, now that, or another algorithm for longer buffers, looks better than it is
+_UNSTEADY = 1.1  # times that vary between calls, or with another algorithm for longer buffers: their best flatters
 _ROUNDS = 3  # the best counts: anything else on the machine only makes an exchange slower
 
 
