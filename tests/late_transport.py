@@ -23,6 +23,9 @@ class Message:
     def wait(self) -> None:
         assert self.taken.wait(timeout=DEADLINE), "a send was never received"
 
+    def done(self) -> bool:
+        return self.taken.is_set()
+
 
 @dataclass
 class Receive:
@@ -44,7 +47,7 @@ class Receive:
 
 
 class Mailbox:
-    """Messages from one rank to one other; the n-th receive gets the n-th message."""
+    """Messages of one tag from one rank to one other; the n-th receive gets the n-th message."""
 
     def __init__(self) -> None:
         self._arriving: queue.Queue[Message] = queue.Queue()
@@ -67,22 +70,22 @@ class Mailbox:
 class LateTransport:
     """Receives spoil their buffer at once, sends are read late: either is allowed until its wait returns."""
 
-    def __init__(self, rank: int, mailboxes: list[list[Mailbox]]) -> None:
+    def __init__(self, rank: int, mailboxes: list[list[dict[int, Mailbox]]]) -> None:
         self.rank, self.world_size = rank, len(mailboxes)
         self.bytes_sent = 0
-        self._mailboxes = mailboxes  # [from][to]
+        self._mailboxes = mailboxes  # [from][to][tag]
 
-    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> Message:
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> Message:
         assert rank != self.rank
         message = Message(buffer, threading.Event())
-        self._mailboxes[self.rank][rank].put(message)
+        self._mailboxes[self.rank][rank].setdefault(tag, Mailbox()).put(message)
         self.bytes_sent += buffer.numel() * buffer.element_size()
         return message
 
-    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> Receive:
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> Receive:
         assert rank != self.rank
         buffer.view(torch.uint8).fill_(255)  # NaN in every float dtype
-        return self._mailboxes[rank][self.rank].post(buffer)
+        return self._mailboxes[rank][self.rank].setdefault(tag, Mailbox()).post(buffer)
 
     def fail(self, reason: str) -> None:
         raise AssertionError(reason)
@@ -90,7 +93,7 @@ class LateTransport:
 
 def on_threads(world_size: int, run: Callable[[Any], None]) -> list[LateTransport]:
     """Call `run(transport)` for each rank at once; returns the transports."""
-    mailboxes = [[Mailbox() for _ in range(world_size)] for _ in range(world_size)]
+    mailboxes: list[list[dict[int, Mailbox]]] = [[{} for _ in range(world_size)] for _ in range(world_size)]
     transports = [LateTransport(rank, mailboxes) for rank in range(world_size)]
     threads = [threading.Thread(target=run, args=(transport,)) for transport in transports]
     for thread in threads:

@@ -51,6 +51,20 @@ def check_messages_keep_their_order(transport):
             assert all(torch.equal(buffer, filled(length, dtype, k)) for k, buffer in enumerate(received))
 
 
+def check_messages_of_two_tags_pass_each_other(transport):
+    following = (transport.rank + 1) % transport.world_size
+    preceding = (transport.rank - 1) % transport.world_size
+    for length in (1, 300_000):
+        sent = [torch.full((length,), float(tag)) for tag in (3, 0, 3, 32767)]
+        sends = [transport.start_send(buffer, following, what="send", tag=int(buffer[0])) for buffer in sent]
+        for tag in (32767, 3, 0, 3):
+            buffer = torch.empty(length)
+            transport.start_receive(buffer, preceding, what="receive", tag=tag).wait()
+            assert (buffer == tag).all()
+        for pending in sends:
+            pending.wait()
+
+
 def check_headers(transport):
     before = transport.bytes_sent
     first = transport.start_headers(np.arange(5) + 10 * transport.rank, what="first")
@@ -113,6 +127,7 @@ def check_data(transport):
     check_broadcast(transport)
     if transport.world_size > 1:
         check_messages_keep_their_order(transport)
+        check_messages_of_two_tags_pass_each_other(transport)
     check_allreduce(transport)
 
 

@@ -20,9 +20,9 @@ def test_no_message_is_longer_than_asked_for_and_the_bits_are_those_of_long_mess
         def on_rank(transport):
             start_send = transport.start_send
 
-            def noting(buffer, rank, *, what):
+            def noting(buffer, rank, *, what, tag=0):
                 longest[transport.rank] = max(longest[transport.rank], buffer.numel() * buffer.element_size())
-                return start_send(buffer, rank, what=what)
+                return start_send(buffer, rank, what=what, tag=tag)
 
             transport.start_send = noting
             exchange(transport, buffers[transport.rank], what="test", segment_bytes=segment_bytes)

@@ -78,6 +78,34 @@ def test_one_ranks_work_reaches_all_others_through_all_of_them():
     assert max(sent) <= 1.5 * 400_000
 
 
+@pytest.mark.parametrize(
+    ("computed", "mean", "most"),
+    [
+        ([[1, 0], [0, 1], [1, 0], [0, 1]], 1.0, 1.0),
+        ([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]], 1.0, 1.0),
+        ([[1], [1], *[[0]] * 6], 1.0, 1.25),  # two of eight ranks: adding it all up, each would send 4
+    ],
+    ids=["pairs", "neighbours", "two"],
+)
+def test_the_busiest_rank_has_little_more_to_carry_than_the_others(computed, mean, most):
+    """In sizes of the buffer. Least is sent where contributors add up: k + M - 2 times what k of M ranks computed."""
+    computed = np.array(computed, dtype=bool)
+    world_size, num_slices = computed.shape
+    slices = Slices(np.full(num_slices, 64_000), computed)
+    sent, received = np.zeros((2, world_size))
+    for segment in partition(slices, 64_000 * num_slices // (16 * world_size)):
+        for source in set(segment.contributors) - {segment.owner}:
+            sent[source] += segment.end - segment.start
+            received[segment.owner] += segment.end - segment.start
+        for target in range(world_size):
+            if segment.sum_goes_to(target):
+                sent[segment.owner] += segment.end - segment.start
+                received[target] += segment.end - segment.start
+    total = slices.sizes.sum()
+    assert mean <= sent.mean() / total <= mean * 1.15
+    assert max(sent.max(), received.max()) / total <= most + 0.07
+
+
 def test_segments_hold_every_element_once_with_its_contributors(rng):
     for world_size in (2, 3, 8):
         slices = random_slices(rng, world_size, 5000)

@@ -43,10 +43,10 @@ class LocalTransport:
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return True
 
-    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> Pending:
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> Pending:
         raise ValueError(f"{what}: a single process has no rank {rank} to send to")
 
-    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> Pending:
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> Pending:
         raise ValueError(f"{what}: a single process has no rank {rank} to receive from")
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:

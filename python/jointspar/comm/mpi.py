@@ -33,7 +33,6 @@ _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
 _BACKGROUND_SLEEP = 2e-3  # between polls while this process computes: each takes some of its time
-_TAG = 0
 _OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (btl_tcp_eager_limit)
 _FINALIZE_SECONDS = 20.0
 _DROP_SECONDS = 1.0  # for what other ranks' revoking ends, too
@@ -141,13 +140,13 @@ class MpiTransport(ProcessTransport):
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return dtype in self._datatypes
 
-    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Pending:
-        pending = self._start(self._payload.Isend, buffer, rank, what, f"send to rank {rank}")
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Pending:
+        pending = self._start(self._payload.Isend, buffer, rank, what, f"send to rank {rank}", tag)
         self.bytes_sent += buffer.numel() * buffer.element_size()
         return pending
 
-    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Pending:
-        return self._start(self._payload.Irecv, buffer, rank, what, f"receive from rank {rank}")
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Pending:
+        return self._start(self._payload.Irecv, buffer, rank, what, f"receive from rank {rank}", tag)
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         memory = self._memory(buffer, what)
@@ -204,12 +203,14 @@ class MpiTransport(ProcessTransport):
             if communicator is not None and not communicator.Is_revoked():
                 communicator.Revoke()
 
-    def _start(self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, op: str) -> _Pending:
+    def _start(
+        self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, op: str, tag: int
+    ) -> _Pending:
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")
         byte = self._mpi.BYTE
         record = self.recorder.start(what, op, memory.nbytes)
-        requests = [self._call(what, operation, [c, c.size, byte], rank, _TAG) for c in _chunks(memory)]
+        requests = [self._call(what, operation, [c, c.size, byte], rank, tag) for c in _chunks(memory)]
         return _Pending(self, requests, buffer, record)
 
     def _is_shut_down(self) -> bool:

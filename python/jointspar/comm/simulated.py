@@ -40,7 +40,7 @@ class _World:
         self.size = size
         self.turns = Turns(size)
         self.headers, self.collectives = Meetings(size), Meetings(size)
-        self.mailboxes: defaultdict[tuple[int, int], Mailbox] = defaultdict(Mailbox)  # (from, to)
+        self.mailboxes: defaultdict[tuple[int, int, int], Mailbox] = defaultdict(Mailbox)  # (from, to, tag)
         self.errors: list[tuple[int, BaseException]] = []  # in the order of time
         self.waiting_for: dict[int, str] = {}
         self._why_stuck: str | None = None
@@ -102,17 +102,17 @@ class SimulatedTransport(CheckedTransport):
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return dtype in _SUMMED
 
-    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Message:
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")
-        self._world.mailboxes[self.rank, rank].put(memory.copy())
+        self._world.mailboxes[self.rank, rank, tag].put(memory.copy())
         self.bytes_sent += memory.nbytes
         return _Message(self, what)
 
-    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Message:
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")
-        mailbox = self._world.mailboxes[rank, self.rank]
+        mailbox = self._world.mailboxes[rank, self.rank, tag]
         number = mailbox.post()
 
         def take() -> None:

@@ -83,13 +83,13 @@ class TorchTransport(ProcessTransport):
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         return dtype in self._summed
 
-    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
-        message = self._start(dist.isend, buffer, rank, what, "group_dst", f"send to rank {rank}")
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Message:
+        message = self._start(dist.isend, buffer, rank, what, tag, "group_dst", f"send to rank {rank}")
         self.bytes_sent += buffer.numel() * buffer.element_size()
         return message
 
-    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> _Message:
-        return self._start(dist.irecv, buffer, rank, what, "group_src", f"receive from rank {rank}")
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Message:
+        return self._start(dist.irecv, buffer, rank, what, tag, "group_src", f"receive from rank {rank}")
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         memory = self._memory(buffer, what)
@@ -119,14 +119,14 @@ class TorchTransport(ProcessTransport):
         del self._headers, self._payload
 
     def _start(
-        self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, peer: str, op: str
+        self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, tag: int, peer: str, op: str
     ) -> _Message:
         memory = torch.from_numpy(self._memory(buffer, what))
         self._check_rank(rank, "rank")
         if rank == self.rank:
             raise ValueError(f"rank must be another rank than this one, {rank}: gloo has no connection to itself")
         record = self.recorder.start(what, op, memory.numel())
-        work = self._call(what, operation, memory, group=self._payload, **{peer: rank})
+        work = self._call(what, operation, memory, group=self._payload, tag=tag, **{peer: rank})
         return _Message(self, work, memory, record)
 
     def _is_shut_down(self) -> bool:

@@ -70,11 +70,14 @@ class Transport(Protocol):
     def can_allreduce(self, dtype: torch.dtype) -> bool:
         """Whether the transport's own collective sums this dtype."""
 
-    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str) -> Pending:
-        """Send a contiguous 1-D buffer of any dtype to another rank, as bytes; messages to it keep their order."""
+    def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> Pending:
+        """Send a contiguous 1-D buffer of any dtype to another rank, as bytes.
 
-    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str) -> Pending:
-        """Receive into a contiguous 1-D buffer; the sender's byte count must be the same."""
+        tag: from 0 to 32767; messages to a rank with one tag keep their order.
+        """
+
+    def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> Pending:
+        """Receive the next message of that tag into a contiguous 1-D buffer; its byte count must be the same."""
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         """Copy root's contiguous 1-D buffer of any dtype to every rank, in place."""

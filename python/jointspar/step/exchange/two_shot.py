@@ -21,6 +21,7 @@ from jointspar.step.exchange.scratch import Scratch
 
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_RANK = 16
+_CONTRIBUTION, _SUM, _SUM_BACK = 1, 2, 3  # tags; a sum goes back to who contributed to it
 _NUM_AHEAD = 2  # segments whose receives are posted ahead, or as many as
 _AHEAD_BYTES = 512 * 1024  # are in this, from each rank: enough to go on while an answer waits behind other data
 
@@ -74,8 +75,9 @@ def two_shot(
 def partition(slices: Slices, max_elements: int) -> list[Segment]:
     """Cut a buffer into segments of one set of contributors each, in order, and share their ownership out.
 
-    A rank sends what it computed and does not own, and M - 1 times what it owns; it receives and adds what others
-    computed of that. Each segment, those of few contributors first, goes to the rank whose total is least with it.
+    Elements travel to the owner from whoever else computed them, and from there to everybody, but back to nobody who
+    alone computed them. Each segment, those of few contributors first, goes to the rank for which the sum over ranks
+    and directions of load to the power of eight grows least: nearly the maximum, but it also prefers to send less.
     What nobody computed is in no segment.
     """
     world_size = len(slices.computed)
@@ -84,15 +86,19 @@ def partition(slices: Slices, max_elements: int) -> list[Segment]:
         for first, last, computed in _runs(slices)
         for start, end in _evenly(first, last, -(-(last - first) // max_elements))
     ]
-    load = (slices.computed * slices.sizes).sum(axis=1).astype(np.float64)
+    total = max(1, slices.sizes.sum())
+    is_alone = slices.computed & (slices.computed.sum(axis=0) == 1)
+    sends = (slices.computed * slices.sizes).sum(axis=1) / total  # as if every segment had an owner of its own
+    receives = 1.0 - (is_alone * slices.sizes).sum(axis=1) / total
     owners = [0] * len(pieces)
     for number in sorted(range(len(pieces)), key=lambda number: pieces[number][2].sum()):
         start, end, computed = pieces[number]
-        num_contributors = computed.sum()
-        passed_on = world_size - 2 + (~computed & (num_contributors > 1))
-        with_it = load + (end - start) * (passed_on + num_contributors - computed)
-        owners[number] = owner = int(with_it.argmin())
-        load[owner] = with_it[owner]
+        alone = computed & (computed.sum() == 1)
+        with_sends = sends + (end - start) / total * (world_size - 1 - computed - alone.any() * ~computed)
+        with_receives = receives + (end - start) / total * (computed.sum() - computed - ~alone)
+        growth = with_sends**8 - sends**8 + with_receives**8 - receives**8
+        owners[number] = owner = int(growth.argmin())
+        sends[owner], receives[owner] = with_sends[owner], with_receives[owner]
     return [
         Segment(start, end, owner, tuple(np.flatnonzero(computed).tolist()))
         for (start, end, computed), owner in zip(pieces, owners, strict=True)
@@ -116,9 +122,9 @@ def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
 class _TwoShot:
     """One call of `two_shot`.
 
-    All ranks walk the same list of segments, so messages between two ranks meet in its order: first the contributions,
-    then the sums. Contributions are all under way before any rank waits, and sums are waited for only after all
-    contributions were received, so no cycle of waits can form.
+    All ranks walk the same list of segments, so messages of one kind between two ranks meet in its order. Contributions
+    are all under way before any rank waits, and sums are waited for only after all contributions were received, so no
+    cycle of waits can form. But each sum is expected as soon as its place is free: long messages travel only then.
     """
 
     def __init__(
@@ -143,15 +149,22 @@ class _TwoShot:
         self._num_ahead = max(_NUM_AHEAD, min(in_bytes, len(self._segments)))
         self._slots = scratch.slots(self._num_ahead * (self._world_size - 1), longest, packed.dtype)
         self._contributions: dict[Segment, Pending] = {}
+        self._receives: list[Pending] = []
+        self._blocked: deque[Segment] = deque()
         self._sums: list[Pending] = []
 
     def run(self) -> None:
         for segment in self._segments:
             if self._rank in segment.contributors and self._rank != segment.owner:
-                self._contributions[segment] = self._send(segment, segment.owner)
+                self._contributions[segment] = self._send(segment, segment.owner, _CONTRIBUTION)
+        awaited = [segment for segment in self._segments if segment.sum_goes_to(self._rank)]
+        self._receives += [self._receive_sum(segment) for segment in awaited if segment not in self._contributions]
+        self._blocked += [segment for segment in awaited if segment in self._contributions]
         self._reduce([segment for segment in self._segments if segment.owner == self._rank])
-        receives = [self._receive_sum(segment) for segment in self._segments if segment.sum_goes_to(self._rank)]
-        for pending in (*receives, *self._contributions.values(), *self._sums):
+        while self._blocked:
+            self._contributions[self._blocked[0]].wait()
+            self._receive_unblocked()
+        for pending in (*self._receives, *self._contributions.values(), *self._sums):
             pending.wait()
 
     def _reduce(self, owned: list[Segment]) -> None:
@@ -164,7 +177,13 @@ class _TwoShot:
             for step in range(1, self._world_size):
                 rank = (self._rank + step) % self._world_size
                 if segment.sum_goes_to(rank):
-                    self._sums.append(self._send(segment, rank))
+                    self._sums.append(self._send(segment, rank, _SUM_BACK if rank in segment.contributors else _SUM))
+            self._receive_unblocked()
+
+    def _receive_unblocked(self) -> None:
+        """Post receives of sums into memory that this rank's contributions no longer need."""
+        while self._blocked and self._contributions[self._blocked[0]].done():
+            self._receives.append(self._receive_sum(self._blocked.popleft()))
 
     def _receive_contributions(self, segment: Segment, window: int) -> dict[int, tuple[Pending, torch.Tensor]]:
         """Post the receives of one segment: into scratch memory, or in place where this rank has nothing of its own."""
@@ -175,7 +194,7 @@ class _TwoShot:
                 continue
             is_in_place = rank == segment.contributors[0] and self._rank not in segment.contributors
             target = self._view(segment) if is_in_place else next(slots)[: segment.end - segment.start]
-            receives[rank] = (self._transport.start_receive(target, rank, what=self._what), target)
+            receives[rank] = (self._transport.start_receive(target, rank, what=self._what, tag=_CONTRIBUTION), target)
         return receives
 
     def _add_up(self, segment: Segment, receives: dict[int, tuple[Pending, torch.Tensor]]) -> None:
@@ -196,12 +215,11 @@ class _TwoShot:
                 ops.add_packed(total, part)
 
     def _receive_sum(self, segment: Segment) -> Pending:
-        if segment in self._contributions:
-            self._contributions[segment].wait()  # it may still read the memory that is written now
-        return self._transport.start_receive(self._view(segment), segment.owner, what=self._what)
+        tag = _SUM_BACK if self._rank in segment.contributors else _SUM
+        return self._transport.start_receive(self._view(segment), segment.owner, what=self._what, tag=tag)
 
-    def _send(self, segment: Segment, rank: int) -> Pending:
-        return self._transport.start_send(self._view(segment), rank, what=self._what)
+    def _send(self, segment: Segment, rank: int, tag: int) -> Pending:
+        return self._transport.start_send(self._view(segment), rank, what=self._what, tag=tag)
 
     def _view(self, segment: Segment) -> torch.Tensor:
         return self._packed[segment.start : segment.end]
