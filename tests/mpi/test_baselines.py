@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -128,6 +129,9 @@ def checkpoints_resume_bit_for_bit_and_need_as_many_ranks() -> None:
         else:
             with pytest.warns(UserWarning, match="ranks"), pytest.raises(CheckpointError, match="was saved by"):
                 js.checkpoint.load(folder, model=alone, optimizer=single)
+        gather(comm, [0.0])  # all have read it
+        if comm.rank == 0:
+            shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("launcher", "num_ranks"), [("mpirun", 3), ("torchrun", 2)], indirect=["launcher"])

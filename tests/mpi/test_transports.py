@@ -55,12 +55,12 @@ def check_messages_of_two_tags_pass_each_other(transport):
     following = (transport.rank + 1) % transport.world_size
     preceding = (transport.rank - 1) % transport.world_size
     for length in (1, 300_000):
-        sent = [torch.full((length,), float(tag)) for tag in (3, 0, 3, 32767)]
-        sends = [transport.start_send(buffer, following, what="send", tag=int(buffer[0])) for buffer in sent]
-        for tag in (32767, 3, 0, 3):
+        sent = [(tag, torch.full((length,), float(number))) for number, tag in enumerate((3, 0, 3, 32767))]
+        sends = [transport.start_send(buffer, following, what="send", tag=tag) for tag, buffer in sent]
+        for tag, number in ((32767, 3), (3, 0), (0, 1), (3, 2)):
             buffer = torch.empty(length)
             transport.start_receive(buffer, preceding, what="receive", tag=tag).wait()
-            assert (buffer == tag).all()
+            assert (buffer == number).all()
         for pending in sends:
             pending.wait()
 

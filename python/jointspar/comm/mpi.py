@@ -141,12 +141,12 @@ class MpiTransport(ProcessTransport):
         return dtype in self._datatypes
 
     def start_send(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Pending:
-        pending = self._start(self._payload.Isend, buffer, rank, what, f"send to rank {rank}", tag)
+        pending = self._start(self._payload.Isend, buffer, rank, what, tag, f"send to rank {rank}")
         self.bytes_sent += buffer.numel() * buffer.element_size()
         return pending
 
     def start_receive(self, buffer: torch.Tensor, rank: int, *, what: str, tag: int = 0) -> _Pending:
-        return self._start(self._payload.Irecv, buffer, rank, what, f"receive from rank {rank}", tag)
+        return self._start(self._payload.Irecv, buffer, rank, what, tag, f"receive from rank {rank}")
 
     def broadcast(self, buffer: torch.Tensor, root: int, *, what: str) -> None:
         memory = self._memory(buffer, what)
@@ -204,7 +204,7 @@ class MpiTransport(ProcessTransport):
                 communicator.Revoke()
 
     def _start(
-        self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, op: str, tag: int
+        self, operation: Callable[..., Any], buffer: torch.Tensor, rank: int, what: str, tag: int, op: str
     ) -> _Pending:
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")

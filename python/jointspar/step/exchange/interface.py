@@ -20,7 +20,7 @@ class Slices:
     computed: np.ndarray  # bool [world_size, num_slices], the same on all ranks
 
     def sent_by_two_shot(self) -> float:
-        """Elements that all ranks together send in `two_shot`, over those in `ring`, times the buffer's length."""
+        """Elements that all ranks together send at least in `two_shot`, over those in `ring`, times the length."""
         world_size = len(self.computed)
         if world_size == 1:
             return 0.0

@@ -1,7 +1,8 @@
 """A sum that sends only what was computed: each slice to its owner, who adds in the order of ranks, then to everybody.
 
 Where k of M ranks computed a slice of n elements, all ranks together send n (k + M - 2) elements, against 2 n (M - 1)
-in a ring. What one rank alone computed needs no addition: it is handed on.
+in a ring; n more where the owner is none of several, which evens out what ranks send. What one rank alone computed
+needs no addition: it is handed on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jointspar.step.exchange.scratch import Scratch
 
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_RANK = 16
-_CONTRIBUTION, _SUM, _SUM_BACK = 1, 2, 3  # tags; a sum goes back to who contributed to it
+_CONTRIBUTION, _SUM, _SUM_BACK = 1, 2, 3  # tags; sums that go back to a contributor are expected later than others
 _NUM_AHEAD = 2  # segments whose receives are posted ahead, or as many as
 _AHEAD_BYTES = 512 * 1024  # are in this, from each rank: enough to go on while an answer waits behind other data
 
@@ -75,10 +76,11 @@ def two_shot(
 def partition(slices: Slices, max_elements: int) -> list[Segment]:
     """Cut a buffer into segments of one set of contributors each, in order, and share their ownership out.
 
-    Elements travel to the owner from whoever else computed them, and from there to everybody, but back to nobody who
-    alone computed them. Each segment, those of few contributors first, goes to the rank for which the sum over ranks
-    and directions of load to the power of eight grows least: nearly the maximum, but it also prefers to send less.
-    What nobody computed is in no segment.
+    A rank sends what it computed and does not own, and receives the sums that it does not own; an owner receives all
+    other contributions and sends the sum to all ranks but one that alone computed it. Each segment, those of few
+    contributors first, goes to the rank where the sum of load**8 over ranks and directions grows least: nearly the
+    largest load counts, and sending less. On two ranks the loads are given, and the additions are shared out.
+    What nobody computed is in no segment. Only correctly rounded operations, so that all hosts find the same owners.
     """
     world_size = len(slices.computed)
     pieces = [
@@ -87,18 +89,25 @@ def partition(slices: Slices, max_elements: int) -> list[Segment]:
         for start, end in _evenly(first, last, -(-(last - first) // max_elements))
     ]
     total = max(1, slices.sizes.sum())
-    is_alone = slices.computed & (slices.computed.sum(axis=0) == 1)
-    sends = (slices.computed * slices.sizes).sum(axis=1) / total  # as if every segment had an owner of its own
-    receives = 1.0 - (is_alone * slices.sizes).sum(axis=1) / total
+    num_contributors = slices.computed.sum(axis=0)
+    is_awaited = (num_contributors > 0) & ~(slices.computed & (num_contributors == 1))
+    sends = (slices.computed * slices.sizes).sum(axis=1) / total  # as long as nobody owns anything
+    receives = (is_awaited * slices.sizes).sum(axis=1) / total
+    additions = np.zeros(world_size)
     owners = [0] * len(pieces)
     for number in sorted(range(len(pieces)), key=lambda number: pieces[number][2].sum()):
         start, end, computed = pieces[number]
-        alone = computed & (computed.sum() == 1)
-        with_sends = sends + (end - start) / total * (world_size - 1 - computed - alone.any() * ~computed)
-        with_receives = receives + (end - start) / total * (computed.sum() - computed - ~alone)
-        growth = with_sends**8 - sends**8 + with_receives**8 - receives**8
-        owners[number] = owner = int(growth.argmin())
-        sends[owner], receives[owner] = with_sends[owner], with_receives[owner]
+        share, count = (end - start) / total, int(computed.sum())
+        is_detour = ~computed & (count > 1)
+        with_sends = sends + share * (world_size - 2 + is_detour)
+        with_receives = receives + share * (max(count - 2, 0) + is_detour)
+        growth = (_eighth_power(with_sends) - _eighth_power(sends)) + (
+            _eighth_power(with_receives) - _eighth_power(receives)
+        )
+        with_additions = additions + share * (count - computed)
+        owners[number] = owner = int(np.lexsort((with_additions, growth))[0])
+        for loads, with_it in ((sends, with_sends), (receives, with_receives), (additions, with_additions)):
+            loads[owner] = with_it[owner]
     return [
         Segment(start, end, owner, tuple(np.flatnonzero(computed).tolist()))
         for (start, end, computed), owner in zip(pieces, owners, strict=True)
@@ -115,8 +124,17 @@ def _runs(slices: Slices) -> list[tuple[int, int, np.ndarray]]:
     return [(start, end, column) for start, end, column in runs if end > start and column.any()]
 
 
+def _eighth_power(loads: np.ndarray) -> np.ndarray:
+    """By multiplications: `**` rounds differently on different processors."""
+    return np.square(np.square(np.square(loads)))
+
+
 def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
     return pairwise(first + (last - first) * part // parts for part in range(parts + 1))
+
+
+def _sum_tag(segment: Segment, rank: int) -> int:
+    return _SUM_BACK if rank in segment.contributors else _SUM
 
 
 class _TwoShot:
@@ -124,7 +142,8 @@ class _TwoShot:
 
     All ranks walk the same list of segments, so messages of one kind between two ranks meet in its order. Contributions
     are all under way before any rank waits, and sums are waited for only after all contributions were received, so no
-    cycle of waits can form. But each sum is expected as soon as its place is free: long messages travel only then.
+    cycle of waits can form. Long messages travel only when they are expected: sums of what this rank did not compute
+    are from the start, the others in the order of segments as its contributions have left.
     """
 
     def __init__(
@@ -149,8 +168,6 @@ class _TwoShot:
         self._num_ahead = max(_NUM_AHEAD, min(in_bytes, len(self._segments)))
         self._slots = scratch.slots(self._num_ahead * (self._world_size - 1), longest, packed.dtype)
         self._contributions: dict[Segment, Pending] = {}
-        self._receives: list[Pending] = []
-        self._blocked: deque[Segment] = deque()
         self._sums: list[Pending] = []
 
     def run(self) -> None:
@@ -158,8 +175,8 @@ class _TwoShot:
             if self._rank in segment.contributors and self._rank != segment.owner:
                 self._contributions[segment] = self._send(segment, segment.owner, _CONTRIBUTION)
         awaited = [segment for segment in self._segments if segment.sum_goes_to(self._rank)]
-        self._receives += [self._receive_sum(segment) for segment in awaited if segment not in self._contributions]
-        self._blocked += [segment for segment in awaited if segment in self._contributions]
+        self._receives = [self._receive_sum(segment) for segment in awaited if segment not in self._contributions]
+        self._blocked = deque(segment for segment in awaited if segment in self._contributions)
         self._reduce([segment for segment in self._segments if segment.owner == self._rank])
         while self._blocked:
             self._contributions[self._blocked[0]].wait()
@@ -177,7 +194,7 @@ class _TwoShot:
             for step in range(1, self._world_size):
                 rank = (self._rank + step) % self._world_size
                 if segment.sum_goes_to(rank):
-                    self._sums.append(self._send(segment, rank, _SUM_BACK if rank in segment.contributors else _SUM))
+                    self._sums.append(self._send(segment, rank, _sum_tag(segment, rank)))
             self._receive_unblocked()
 
     def _receive_unblocked(self) -> None:
@@ -215,7 +232,7 @@ class _TwoShot:
                 ops.add_packed(total, part)
 
     def _receive_sum(self, segment: Segment) -> Pending:
-        tag = _SUM_BACK if self._rank in segment.contributors else _SUM
+        tag = _sum_tag(segment, self._rank)
         return self._transport.start_receive(self._view(segment), segment.owner, what=self._what, tag=tag)
 
     def _send(self, segment: Segment, rank: int, tag: int) -> Pending:
