@@ -28,7 +28,7 @@ class ImageSizes(NamedTuple):
 
 
 METHODS = {
-    "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.1),
+    "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.05),
     "lars": Method(is_layerwise=True, is_sparse=False, base_lr=0.4),
     "jointspar": Method(is_layerwise=False, is_sparse=True, base_lr=0.05),
     "jointspar-lars": Method(is_layerwise=True, is_sparse=True, base_lr=0.4),
@@ -37,7 +37,8 @@ COMPRESSORS = ("randomk", "topk", "signsgd", "qsgd", "terngrad", "powersgd")
 for _name in COMPRESSORS:  # to compare with: dense gradients, compressed on their way
     METHODS[_name] = METHODS["sgd"]._replace(compressor=_name)
     METHODS[f"{_name}-lars"] = METHODS["lars"]._replace(compressor=_name)
-METHODS["randomk"] = METHODS["randomk"]._replace(base_lr=0.05)  # ten times the variance
+for _name in ("randomk", "signsgd"):  # ten times the variance, steps of one length
+    METHODS[_name] = METHODS[_name]._replace(base_lr=0.01)
 for _name, _dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
     METHODS[_name] = METHODS["sgd"]._replace(wire_dtype=_dtype)
     METHODS[f"{_name}-lars"] = METHODS["lars"]._replace(wire_dtype=_dtype)
