@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jointspar.comm import local
+from jointspar.comm.simulated import run_simulated
 from jointspar.step.exchange import Slices, two_shot
 from jointspar.step.exchange.two_shot import partition
 from late_transport import on_threads
@@ -105,6 +106,14 @@ def test_the_busiest_rank_has_little_more_to_carry_than_the_others(computed, mos
     assert max(sent.max(), received.max()) / total <= most
 
 
+def test_owners_are_found_by_operations_that_every_processor_rounds_alike(rng):
+    loads = rng.random(2000) * 4
+    squares = [load * load for load in loads.tolist()]
+    fourth = [square * square for square in squares]
+    assert module._eighth_power(loads).tolist() == [power * power for power in fourth]
+    assert (loads**8).tolist() != [power * power for power in fourth]  # it would be seen
+
+
 def test_two_ranks_share_the_additions_and_keep_what_they_alone_computed():
     computed = np.array([[1, 1, 0], [0, 1, 1]], dtype=bool)
     segments = partition(Slices(np.array([640, 640, 640]), computed), 10)
@@ -114,29 +123,70 @@ def test_two_ranks_share_the_additions_and_keep_what_they_alone_computed():
     assert added.count(0) == added.count(1) == 32
 
 
+def noting(transport):
+    """The (operation, rank, tag) that `transport` is asked for from now on, and ("wait", rank, tag) of receives."""
+    events, start_send, start_receive = [], transport.start_send, transport.start_receive
+
+    def sending(buffer, rank, *, what, tag):
+        events.append(("send", rank, tag))
+        return start_send(buffer, rank, what=what, tag=tag)
+
+    def receiving(buffer, rank, *, what, tag):
+        events.append(("receive", rank, tag))
+        pending = start_receive(buffer, rank, what=what, tag=tag)
+        wait = pending.wait
+        pending.wait = lambda: (events.append(("wait", rank, tag)), wait())
+        return pending
+
+    transport.start_send, transport.start_receive = sending, receiving
+    return events
+
+
 def test_sums_of_what_a_rank_did_not_compute_are_expected_before_it_waits():
     slices = Slices(np.full(3, 64_000), ~np.eye(3, dtype=bool))
     segments = partition(slices, module._MIN_SEGMENT_BYTES // 4)
     expected = [0, 0, 0]
 
     def run(transport):
-        start_receive, events = transport.start_receive, []
-
-        def noting(buffer, rank, *, what, tag):
-            pending = start_receive(buffer, rank, what=what, tag=tag)
-            wait = pending.wait
-            pending.wait = lambda: (events.append("wait"), wait())
-            events.append(tag)
-            return pending
-
-        transport.start_receive = noting
+        events = noting(transport)
         two_shot(transport, torch.ones(192_000), what="test", slices=slices)
-        expected[transport.rank] = events[: events.index("wait")].count(module._SUM)
+        before = events[: [name for name, *_ in events].index("wait")]
+        expected[transport.rank] = [tag for name, _, tag in before if name == "receive"].count(module._SUM)
 
     on_threads(3, run)
     for rank in range(3):
         alien = [segment for segment in segments if rank not in segment.contributors and segment.owner != rank]
         assert expected[rank] == len(alien) > 0
+
+
+def test_what_a_rank_has_from_the_start_is_under_way_before_it_expects_anything():
+    """Contributions before sums, as others wait for those to add them up."""
+    slices = Slices(np.full(3, 64_000), np.array([[1, 0, 1], [0, 1, 1]], dtype=bool))
+    segments = partition(slices, module._MIN_SEGMENT_BYTES // 4)
+    sent = [[], []]
+
+    def run(transport):
+        events = noting(transport)
+        two_shot(transport, torch.ones(192_000), what="test", slices=slices)
+        sent[transport.rank] = [tag for _, _, tag in events[: [name for name, *_ in events].index("receive")]]
+
+    on_threads(2, run)
+    for rank in range(2):
+        contributed = [segment for segment in segments if rank in segment.contributors and rank != segment.owner]
+        alone = [segment for segment in segments if segment.contributors == (rank,) and rank == segment.owner]
+        assert sent[rank] == [module._CONTRIBUTION] * len(contributed) + [module._SUM] * len(alone)
+        assert contributed and alone
+
+
+def test_sums_of_what_a_rank_computed_are_expected_as_its_contributions_have_left():
+    """They have at once here. Without that their owners would keep them until this rank has added up all of its own."""
+    events = run_simulated(3, lambda transport: (noting(transport), two_shot(transport, torch.ones(600_000), what="")))
+    for own, _ in events:
+        last_contribution = max(
+            place for place, event in enumerate(own) if event == ("wait", event[1], module._CONTRIBUTION)
+        )
+        expected = [place for place, (name, _, tag) in enumerate(own) if (name, tag) == ("receive", module._SUM_BACK)]
+        assert len(expected) > 0 and max(expected) < last_contribution
 
 
 def test_segments_hold_every_element_once_with_its_contributors(rng):

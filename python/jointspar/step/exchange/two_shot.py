@@ -26,6 +26,8 @@ _CONTRIBUTION, _SUM, _SUM_BACK = 1, 2, 3  # tags; sums that go back to a contrib
 _NUM_AHEAD = 2  # segments whose receives are posted ahead, or as many as
 _AHEAD_BYTES = 512 * 1024  # are in this, from each rank: enough to go on while an answer waits behind other data
 
+Piece = tuple[int, int, np.ndarray]  # start, end, and who computed it, bool [world_size]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -35,6 +37,11 @@ class Segment:
     end: int
     owner: int
     contributors: tuple[int, ...]  # ascending
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its owner has the sum from the start, having computed it alone."""
+        return self.contributors == (self.owner,)
 
     def sum_goes_to(self, rank: int) -> bool:
         """Whether the owner sends this rank the sum: not to itself, nor where the sum came from."""
@@ -76,18 +83,29 @@ def two_shot(
 def partition(slices: Slices, max_elements: int) -> list[Segment]:
     """Cut a buffer into segments of one set of contributors each, in order, and share their ownership out.
 
-    A rank sends what it computed and does not own, and receives the sums that it does not own; an owner receives all
-    other contributions and sends the sum to all ranks but one that alone computed it. Each segment, those of few
-    contributors first, goes to the rank where the sum of load**8 over ranks and directions grows least: nearly the
-    largest load counts, and sending less. On two ranks the loads are given, and the additions are shared out.
-    What nobody computed is in no segment. Only correctly rounded operations, so that all hosts find the same owners.
+    What nobody computed is in no segment.
     """
-    world_size = len(slices.computed)
     pieces = [
         (start, end, computed)
         for first, last, computed in _runs(slices)
         for start, end in _evenly(first, last, -(-(last - first) // max_elements))
     ]
+    return [
+        Segment(start, end, owner, tuple(np.flatnonzero(computed).tolist()))
+        for (start, end, computed), owner in zip(pieces, _owners(slices, pieces), strict=True)
+    ]
+
+
+def _owners(slices: Slices, pieces: list[Piece]) -> list[int]:
+    """The rank that adds up each piece.
+
+    A rank sends what it computed and does not own, and receives the sums that it does not own; an owner receives all
+    other contributions and sends the sum to all ranks but one that alone computed it. Each piece, those of few
+    contributors first, goes to the rank where the sum of load**8 over ranks and directions grows least: nearly the
+    largest load counts, and sending less. On two ranks the loads are given, and the additions are shared out.
+    Only correctly rounded operations, so that all hosts find the same owners.
+    """
+    world_size = len(slices.computed)
     total = max(1, slices.sizes.sum())
     num_contributors = slices.computed.sum(axis=0)
     is_awaited = (num_contributors > 0) & ~(slices.computed & (num_contributors == 1))
@@ -108,14 +126,11 @@ def partition(slices: Slices, max_elements: int) -> list[Segment]:
         owners[number] = owner = int(np.lexsort((with_additions, growth))[0])
         for loads, with_it in ((sends, with_sends), (receives, with_receives), (additions, with_additions)):
             loads[owner] = with_it[owner]
-    return [
-        Segment(start, end, owner, tuple(np.flatnonzero(computed).tolist()))
-        for (start, end, computed), owner in zip(pieces, owners, strict=True)
-    ]
+    return owners
 
 
-def _runs(slices: Slices) -> list[tuple[int, int, np.ndarray]]:
-    """(start, end, bool [world_size]) of neighbouring slices that the same ranks computed; not what nobody computed."""
+def _runs(slices: Slices) -> list[Piece]:
+    """Those of neighbouring slices that the same ranks computed; not what nobody computed."""
     columns = slices.computed.T
     changes = np.flatnonzero((columns[1:] != columns[:-1]).any(axis=1)) + 1
     firsts = np.append(0, changes)
@@ -140,10 +155,11 @@ def _sum_tag(segment: Segment, rank: int) -> int:
 class _TwoShot:
     """One call of `two_shot`.
 
-    All ranks walk the same list of segments, so messages of one kind between two ranks meet in its order. Contributions
-    are all under way before any rank waits, and sums are waited for only after all contributions were received, so no
-    cycle of waits can form. Long messages travel only when they are expected: sums of what this rank did not compute
-    are from the start, the others in the order of segments as its contributions have left.
+    All ranks walk the same list of segments, so messages of one kind between two ranks meet in its order. What a rank
+    has from the start, contributions first, is all under way before it expects anything (within one machine, Open MPI
+    is slower the other way round), and sums are waited for only after all contributions were received, so no cycle of
+    waits can form. Long messages travel only when they are expected: sums of what this rank did not compute are before
+    it waits, the others in the order of segments as its contributions have left.
     """
 
     def __init__(
@@ -162,7 +178,7 @@ class _TwoShot:
             longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
         else:
             longest = max(1, segment_bytes // packed.element_size())
-        self._segments = partition(slices, longest)
+        self._segments = sorted(partition(slices, longest), key=lambda segment: not segment.is_ready)
         longest = max((segment.end - segment.start for segment in self._segments), default=0)
         in_bytes = _AHEAD_BYTES // max(1, longest * packed.element_size())
         self._num_ahead = max(_NUM_AHEAD, min(in_bytes, len(self._segments)))
@@ -171,13 +187,17 @@ class _TwoShot:
         self._sums: list[Pending] = []
 
     def run(self) -> None:
+        owned = [segment for segment in self._segments if segment.owner == self._rank]
         for segment in self._segments:
             if self._rank in segment.contributors and self._rank != segment.owner:
                 self._contributions[segment] = self._send(segment, segment.owner, _CONTRIBUTION)
+        for segment in owned:
+            if segment.is_ready:
+                self._spread(segment)
         awaited = [segment for segment in self._segments if segment.sum_goes_to(self._rank)]
         self._receives = [self._receive_sum(segment) for segment in awaited if segment not in self._contributions]
         self._blocked = deque(segment for segment in awaited if segment in self._contributions)
-        self._reduce([segment for segment in self._segments if segment.owner == self._rank])
+        self._reduce([segment for segment in owned if not segment.is_ready])
         while self._blocked:
             self._contributions[self._blocked[0]].wait()
             self._receive_unblocked()
@@ -185,17 +205,20 @@ class _TwoShot:
             pending.wait()
 
     def _reduce(self, owned: list[Segment]) -> None:
-        """Add up the segments that this rank owns, and send each sum on its way."""
+        """Add up segments that this rank owns, and send each sum on its way."""
         arriving: deque[dict[int, tuple[Pending, torch.Tensor]]] = deque()
         for number, segment in enumerate(owned):
             for ahead in range(number + len(arriving), min(number + self._num_ahead, len(owned))):
                 arriving.append(self._receive_contributions(owned[ahead], ahead % self._num_ahead))
             self._add_up(segment, arriving.popleft())
-            for step in range(1, self._world_size):
-                rank = (self._rank + step) % self._world_size
-                if segment.sum_goes_to(rank):
-                    self._sums.append(self._send(segment, rank, _sum_tag(segment, rank)))
+            self._spread(segment)
             self._receive_unblocked()
+
+    def _spread(self, segment: Segment) -> None:
+        for step in range(1, self._world_size):
+            rank = (self._rank + step) % self._world_size
+            if segment.sum_goes_to(rank):
+                self._sums.append(self._send(segment, rank, _sum_tag(segment, rank)))
 
     def _receive_unblocked(self) -> None:
         """Post receives of sums into memory that this rank's contributions no longer need."""
