@@ -10,7 +10,8 @@ import torch
 from jointspar.comm import local
 from jointspar.comm.simulated import run_simulated
 from jointspar.step.exchange import Slices, two_shot
-from jointspar.step.exchange.two_shot import partition
+from jointspar.step.exchange.scratch import Scratch
+from jointspar.step.exchange.two_shot import Segment, partition
 from late_transport import on_threads
 
 module = importlib.import_module("jointspar.step.exchange.two_shot")
@@ -40,9 +41,14 @@ def exchange(slices, buffers):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-@pytest.mark.parametrize(("total", "min_bytes"), [(1, 4), (7, 4), (1000, 4), (1000, 4096), (300_000, 131072)])
-def test_contributions_are_added_in_the_order_of_ranks(rng, monkeypatch, world_size, total, min_bytes):
+@pytest.mark.parametrize(
+    ("total", "min_bytes", "ahead"),
+    [(1, 4, 1), (7, 4, 8), (1000, 4, 1), (1000, 4, 8), (1000, 4096, 8), (300_000, 131072, 1)],
+)
+def test_contributions_are_added_in_the_order_of_ranks(rng, monkeypatch, world_size, total, min_bytes, ahead):
     monkeypatch.setattr(module, "_MIN_SEGMENT_BYTES", min_bytes)
+    monkeypatch.setattr(module, "_NUM_AHEAD", ahead)
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 0)
     slices = random_slices(rng, world_size, total)
     values = rng.standard_normal((world_size, total)).astype(np.float32)
     expected = np.full(total, np.nan, dtype=np.float32)
@@ -202,6 +208,40 @@ def test_segments_hold_every_element_once_with_its_contributors(rng):
                 segment.contributors
             )
             assert (masks[list(segment.contributors), segment.start : segment.end]).all()
+
+
+def test_segments_are_treated_as_they_keep_links_busy():
+    """What is ready, then what owners computed too, of different ranks by turns, then what others did; as by hand."""
+    computed = {"ready": (0,), "pair": (0, 1), "other": (0, 2), "detour": (1, 2)}
+    given = ["detour", "pair", "pair", "other", "other", "pair", "pair", "ready", "detour"]
+    segments = [Segment(start, start + 1, 0, computed[name]) for start, name in enumerate(given)]
+    expected = [7, 1, 3, 2, 5, 4, 6, 0, 8]  # pairs at 1/8, 3/8, 5/8 and 7/8 of them, others at 1/4 and 3/4
+    assert [segment.start for segment in module._in_order(segments)] == expected
+
+
+def test_scratch_memory_is_for_what_comes_in_and_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_NUM_AHEAD", 2)
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 0)
+    taken = []
+
+    class Noting(Scratch):
+        def slots(self, num_slots, num_elements, dtype):
+            taken.append(num_slots)
+            return super().slots(num_slots, num_elements, dtype)
+
+    def run(slices):
+        buffers = contributions(slices, np.ones((2, 64_000)))
+        on_threads(
+            2,
+            lambda transport: two_shot(
+                transport, buffers[transport.rank], what="", slices=slices, scratch=Noting(), segment_bytes=4000
+            ),
+        )
+        assert all((buffer == slices.computed.sum()).all() for buffer in buffers)
+
+    run(Slices(np.array([64_000]), np.array([[1], [0]], dtype=bool)))
+    run(Slices(np.array([64_000]), np.array([[1], [1]], dtype=bool)))
+    assert taken == [0, 0, 2, 2]
 
 
 def test_ownership_is_even_where_all_ranks_computed_all_of_it():

@@ -7,7 +7,7 @@ needs no addition: it is handed on.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,9 +23,10 @@ from jointspar.step.exchange.scratch import Scratch
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_RANK = 16
 _CONTRIBUTION, _SUM, _SUM_BACK = 1, 2, 3  # tags; sums that go back to a contributor are expected later than others
-_NUM_AHEAD = 2  # segments whose receives are posted ahead, or as many as
-_AHEAD_BYTES = 512 * 1024  # are in this, from each rank: enough to go on while an answer waits behind other data
+_NUM_AHEAD = 8  # segments, for each other rank, that there is scratch memory to receive ahead; or as many as
+_AHEAD_BYTES = 512 * 1024  # are in this: enough to go on while an answer waits behind other data
 
+Part = tuple[Pending | None, torch.Tensor]  # of a segment, as one rank computed it; None: this one
 Piece = tuple[int, int, np.ndarray]  # start, end, and who computed it, bool [world_size]
 
 
@@ -148,6 +149,36 @@ def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
     return pairwise(first + (last - first) * part // parts for part in range(parts + 1))
 
 
+def _in_order(segments: list[Segment]) -> list[Segment]:
+    """The order in which all ranks treat segments, for links that are busy all the time, in both directions.
+
+    What needs no addition comes first. What its owner did not compute comes last, since the others, for which it waits,
+    have more to send than it has at first. Among those each owner gets to what different ranks computed by turns.
+    """
+    kinds = [(segment.owner, segment.contributors) for segment in segments]
+    totals, numbers = Counter(kinds), Counter[tuple[int, tuple[int, ...]]]()
+    places = []
+    for segment, kind in zip(segments, kinds, strict=True):
+        numbers[kind] += 1
+        is_detour = segment.owner not in segment.contributors
+        places.append((not segment.is_ready, is_detour, (numbers[kind] - 0.5) / totals[kind], segment.start))
+    return [segment for _, segment in sorted(zip(places, segments, strict=True))]
+
+
+def _add_up(parts: list[Part]) -> None:
+    """Leave the sum in this rank's buffer: ((rank a + rank b) + rank c) for contributors a < b < c."""
+    (pending, total), *others = parts
+    if pending is not None:
+        pending.wait()
+    for pending, part in others:
+        if pending is None:  # the own part, after others
+            ops.add_packed(part, total)
+            total = part
+        else:
+            pending.wait()
+            ops.add_packed(total, part)
+
+
 def _sum_tag(segment: Segment, rank: int) -> int:
     return _SUM_BACK if rank in segment.contributors else _SUM
 
@@ -178,11 +209,12 @@ class _TwoShot:
             longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
         else:
             longest = max(1, segment_bytes // packed.element_size())
-        self._segments = sorted(partition(slices, longest), key=lambda segment: not segment.is_ready)
+        self._segments = _in_order(partition(slices, longest))
         longest = max((segment.end - segment.start for segment in self._segments), default=0)
         in_bytes = _AHEAD_BYTES // max(1, longest * packed.element_size())
-        self._num_ahead = max(_NUM_AHEAD, min(in_bytes, len(self._segments)))
-        self._slots = scratch.slots(self._num_ahead * (self._world_size - 1), longest, packed.dtype)
+        most = max(_NUM_AHEAD, in_bytes) * (self._world_size - 1)
+        needed = sum(len(segment.contributors) - 1 for segment in self._segments if segment.owner == self._rank)
+        self._free_slots = scratch.slots(min(most, needed), longest, packed.dtype)
         self._contributions: dict[Segment, Pending] = {}
         self._sums: list[Pending] = []
 
@@ -206,11 +238,14 @@ class _TwoShot:
 
     def _reduce(self, owned: list[Segment]) -> None:
         """Add up segments that this rank owns, and send each sum on its way."""
-        arriving: deque[dict[int, tuple[Pending, torch.Tensor]]] = deque()
-        for number, segment in enumerate(owned):
-            for ahead in range(number + len(arriving), min(number + self._num_ahead, len(owned))):
-                arriving.append(self._receive_contributions(owned[ahead], ahead % self._num_ahead))
-            self._add_up(segment, arriving.popleft())
+        arriving: deque[tuple[list[Part], list[torch.Tensor]]] = deque()
+        coming = deque(owned)
+        for segment in owned:
+            while coming and len(coming[0].contributors) - 1 <= len(self._free_slots):
+                arriving.append(self._receive_contributions(coming.popleft()))
+            parts, slots = arriving.popleft()
+            _add_up(parts)
+            self._free_slots += slots
             self._spread(segment)
             self._receive_unblocked()
 
@@ -225,34 +260,20 @@ class _TwoShot:
         while self._blocked and self._contributions[self._blocked[0]].done():
             self._receives.append(self._receive_sum(self._blocked.popleft()))
 
-    def _receive_contributions(self, segment: Segment, window: int) -> dict[int, tuple[Pending, torch.Tensor]]:
-        """Post the receives of one segment: into scratch memory, or in place where this rank has nothing of its own."""
-        slots = iter(self._slots[window * (self._world_size - 1) :])
-        receives = {}
+    def _receive_contributions(self, segment: Segment) -> tuple[list[Part], list[torch.Tensor]]:
+        """Post the receives of one segment. Returns its parts in the order of ranks, and the slots that they are in."""
+        slots = [self._free_slots.pop() for _ in segment.contributors[1:]]
+        own, unused = self._view(segment), iter(slots)
+        is_in_place = self._rank not in segment.contributors  # the first of them
+        parts: list[Part] = []
         for rank in segment.contributors:
             if rank == self._rank:
+                parts.append((None, own))
                 continue
-            is_in_place = rank == segment.contributors[0] and self._rank not in segment.contributors
-            target = self._view(segment) if is_in_place else next(slots)[: segment.end - segment.start]
-            receives[rank] = (self._transport.start_receive(target, rank, what=self._what, tag=_CONTRIBUTION), target)
-        return receives
-
-    def _add_up(self, segment: Segment, receives: dict[int, tuple[Pending, torch.Tensor]]) -> None:
-        """Leave the sum in the buffer: ((rank a + rank b) + rank c) for contributors a < b < c."""
-        own = self._view(segment)
-        total: torch.Tensor | None = None
-        for rank in segment.contributors:
-            part = own
-            if rank != self._rank:
-                pending, part = receives[rank]
-                pending.wait()
-            if total is None:
-                total = part
-            elif part is own:
-                ops.add_packed(own, total)
-                total = own
-            else:
-                ops.add_packed(total, part)
+            target = own if is_in_place and not parts else next(unused)[: segment.end - segment.start]
+            pending = self._transport.start_receive(target, rank, what=self._what, tag=_CONTRIBUTION)
+            parts.append((pending, target))
+        return parts, slots
 
     def _receive_sum(self, segment: Segment) -> Pending:
         tag = _sum_tag(segment, self._rank)
