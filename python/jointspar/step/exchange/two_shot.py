@@ -7,10 +7,7 @@ needs no addition: it is handed on.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import deque
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from jointspar import ops
 from jointspar.comm.transport import Pending, Transport, check_buffer
 from jointspar.step.exchange.interface import Slices
 from jointspar.step.exchange.scratch import Scratch
+from jointspar.step.exchange.segments import Segment, in_order, partition
 
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_RANK = 16
@@ -27,26 +25,6 @@ _NUM_AHEAD = 8  # segments, for each other rank, that there is scratch memory to
 _AHEAD_BYTES = 512 * 1024  # are in this: enough to go on while an answer waits behind other data
 
 Part = tuple[Pending | None, torch.Tensor]  # of a segment, as one rank computed it; None: this one
-Piece = tuple[int, int, np.ndarray]  # start, end, and who computed it, bool [world_size]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of the buffer that the same ranks computed, and the rank that adds it up."""
-
-    start: int
-    end: int
-    owner: int
-    contributors: tuple[int, ...]  # ascending
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether its owner has the sum from the start, having computed it alone."""
-        return self.contributors == (self.owner,)
-
-    def sum_goes_to(self, rank: int) -> bool:
-        """Whether the owner sends this rank the sum: not to itself, nor where the sum came from."""
-        return rank != self.owner and self.contributors != (rank,)
 
 
 def two_shot(
@@ -79,90 +57,6 @@ def two_shot(
     except BaseException as error:  # an interrupt between two waits also leaves messages under way
         transport.fail(f"{what} was left by {type(error).__name__}")
         raise
-
-
-def partition(slices: Slices, max_elements: int) -> list[Segment]:
-    """Cut a buffer into segments of one set of contributors each, in order, and share their ownership out.
-
-    What nobody computed is in no segment.
-    """
-    pieces = [
-        (start, end, computed)
-        for first, last, computed in _runs(slices)
-        for start, end in _evenly(first, last, -(-(last - first) // max_elements))
-    ]
-    return [
-        Segment(start, end, owner, tuple(np.flatnonzero(computed).tolist()))
-        for (start, end, computed), owner in zip(pieces, _owners(slices, pieces), strict=True)
-    ]
-
-
-def _owners(slices: Slices, pieces: list[Piece]) -> list[int]:
-    """The rank that adds up each piece.
-
-    A rank sends what it computed and does not own, and receives the sums that it does not own; an owner receives all
-    other contributions and sends the sum to all ranks but one that alone computed it. Each piece, those of few
-    contributors first, goes to the rank where the sum of load**8 over ranks and directions grows least: nearly the
-    largest load counts, and sending less. On two ranks the loads are given, and the additions are shared out.
-    Only correctly rounded operations, so that all hosts find the same owners.
-    """
-    world_size = len(slices.computed)
-    total = max(1, slices.sizes.sum())
-    num_contributors = slices.computed.sum(axis=0)
-    is_awaited = (num_contributors > 0) & ~(slices.computed & (num_contributors == 1))
-    sends = (slices.computed * slices.sizes).sum(axis=1) / total  # as long as nobody owns anything
-    receives = (is_awaited * slices.sizes).sum(axis=1) / total
-    additions = np.zeros(world_size)
-    owners = [0] * len(pieces)
-    for number in sorted(range(len(pieces)), key=lambda number: pieces[number][2].sum()):
-        start, end, computed = pieces[number]
-        share, count = (end - start) / total, int(computed.sum())
-        is_detour = ~computed & (count > 1)
-        with_sends = sends + share * (world_size - 2 + is_detour)
-        with_receives = receives + share * (max(count - 2, 0) + is_detour)
-        growth = (_eighth_power(with_sends) - _eighth_power(sends)) + (
-            _eighth_power(with_receives) - _eighth_power(receives)
-        )
-        with_additions = additions + share * (count - computed)
-        owners[number] = owner = int(np.lexsort((with_additions, growth))[0])
-        for loads, with_it in ((sends, with_sends), (receives, with_receives), (additions, with_additions)):
-            loads[owner] = with_it[owner]
-    return owners
-
-
-def _runs(slices: Slices) -> list[Piece]:
-    """Those of neighbouring slices that the same ranks computed; not what nobody computed."""
-    columns = slices.computed.T
-    changes = np.flatnonzero((columns[1:] != columns[:-1]).any(axis=1)) + 1
-    firsts = np.append(0, changes)
-    bounds = np.append(np.append(0, np.cumsum(slices.sizes))[firsts], slices.sizes.sum())
-    runs = zip(bounds[:-1].tolist(), bounds[1:].tolist(), columns[firsts], strict=True)
-    return [(start, end, column) for start, end, column in runs if end > start and column.any()]
-
-
-def _eighth_power(loads: np.ndarray) -> np.ndarray:
-    """By multiplications: `**` rounds differently on different processors."""
-    return np.square(np.square(np.square(loads)))
-
-
-def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
-    return pairwise(first + (last - first) * part // parts for part in range(parts + 1))
-
-
-def _in_order(segments: list[Segment]) -> list[Segment]:
-    """The order in which all ranks treat segments, for links that are busy all the time, in both directions.
-
-    What needs no addition comes first. What its owner did not compute comes last, since the others, for which it waits,
-    have more to send than it has at first. Among those each owner gets to what different ranks computed by turns.
-    """
-    kinds = [(segment.owner, segment.contributors) for segment in segments]
-    totals, numbers = Counter(kinds), Counter[tuple[int, tuple[int, ...]]]()
-    places = []
-    for segment, kind in zip(segments, kinds, strict=True):
-        numbers[kind] += 1
-        is_detour = segment.owner not in segment.contributors
-        places.append((not segment.is_ready, is_detour, (numbers[kind] - 0.5) / totals[kind], segment.start))
-    return [segment for _, segment in sorted(zip(places, segments, strict=True))]
 
 
 def _add_up(parts: list[Part]) -> None:
@@ -209,7 +103,7 @@ class _TwoShot:
             longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
         else:
             longest = max(1, segment_bytes // packed.element_size())
-        self._segments = _in_order(partition(slices, longest))
+        self._segments = in_order(partition(slices, longest))
         longest = max((segment.end - segment.start for segment in self._segments), default=0)
         in_bytes = _AHEAD_BYTES // max(1, longest * packed.element_size())
         most = max(_NUM_AHEAD, in_bytes) * (self._world_size - 1)
