@@ -154,6 +154,7 @@ def test_a_malformed_call_is_named_and_the_run_goes_on(argument: str) -> None:
         CALLS_AFTERWARDS[argument](optimizer)
     assert str(optimizer.state_dict()) == before[0]
     assert all(torch.equal(a, b) for a, b in zip(before[1], model.parameters(), strict=True))
+    model(torch.ones(5, 3)).square().sum().backward()
     optimizer.step()
 
 
