@@ -34,18 +34,21 @@ def contributions(slices, values):
     ]
 
 
-def exchange(slices, buffers):
+def exchange(slices, buffers, **named):
     return on_threads(
-        len(buffers), lambda transport: two_shot(transport, buffers[transport.rank], what="test", slices=slices)
+        len(buffers),
+        lambda transport: two_shot(transport, buffers[transport.rank], what="test", slices=slices),
+        **named,
     )
 
 
+@pytest.mark.parametrize("is_late", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize(
     ("total", "min_bytes", "ahead"),
     [(1, 4, 1), (7, 4, 8), (1000, 4, 1), (1000, 4, 8), (1000, 4096, 8), (300_000, 131072, 1)],
 )
-def test_contributions_are_added_in_the_order_of_ranks(rng, monkeypatch, world_size, total, min_bytes, ahead):
+def test_contributions_are_added_in_the_order_of_ranks(rng, monkeypatch, world_size, total, min_bytes, ahead, is_late):
     monkeypatch.setattr(module, "_MIN_SEGMENT_BYTES", min_bytes)
     monkeypatch.setattr(module, "_NUM_AHEAD", ahead)
     monkeypatch.setattr(module, "_AHEAD_BYTES", 0)
@@ -55,7 +58,7 @@ def test_contributions_are_added_in_the_order_of_ranks(rng, monkeypatch, world_s
     for row, mask in zip(values, np.repeat(slices.computed, slices.sizes, axis=1), strict=True):
         expected = np.where(mask, np.where(np.isnan(expected), row, expected + row), expected)
     buffers = contributions(slices, values)
-    exchange(slices, buffers)
+    exchange(slices, buffers, is_late=is_late)
     assert all((buffer.numpy() == expected).all() for buffer in buffers)
 
 
@@ -212,11 +215,12 @@ def test_segments_hold_every_element_once_with_its_contributors(rng):
 
 def test_segments_are_treated_as_they_keep_links_busy():
     """What is ready, then what owners computed too, of different ranks by turns, then what others did; as by hand."""
-    computed = {"ready": (0,), "pair": (0, 1), "other": (0, 2), "detour": (1, 2)}
-    given = ["detour", "pair", "pair", "other", "other", "pair", "pair", "ready", "detour"]
-    segments = [Segment(start, start + 1, 0, computed[name]) for start, name in enumerate(given)]
-    expected = [7, 1, 3, 2, 5, 4, 6, 0, 8]  # pairs at 1/8, 3/8, 5/8 and 7/8 of them, others at 1/4 and 3/4
-    assert [segment.start for segment in in_order(segments)] == expected
+    owner = {"ready": 0, "pair": 0, "other": 0, "detour": 0, "elsewhere": 1}
+    computed = {"ready": (0,), "pair": (0, 1), "other": (0, 2), "detour": (1, 2), "elsewhere": (0, 1)}
+    given = ["detour", "elsewhere", "elsewhere", "pair", "pair", "other", "other", "pair", "pair", "ready", "detour"]
+    segments = [Segment(start, start + 1, owner[name], computed[name]) for start, name in enumerate(given)]
+    # pairs at 1/8, 3/8, 5/8 and 7/8 of them; of elsewhere and of others one at 1/4 and one at 3/4
+    assert [segment.start for segment in in_order(segments)] == [9, 3, 1, 5, 4, 7, 2, 6, 8, 0, 10]
 
 
 def test_scratch_memory_is_for_what_comes_in_and_bounded(monkeypatch):

@@ -75,7 +75,7 @@ def _owners(slices: Slices, runs: list[_Run]) -> list[list[int]]:
 
 
 class _Loads:
-    """What each rank sends, receives and adds up, in sizes of the buffer.
+    """What each rank sends, receives and is given by others to add up, in sizes of the buffer.
 
     A rank sends what it computed and does not own, and receives the sums that it does not own; an owner receives all
     other contributions and sends the sum to all ranks but one that alone computed it.
@@ -87,18 +87,18 @@ class _Loads:
         is_awaited = (num_contributors > 0) & ~(slices.computed & (num_contributors == 1))
         self._sends = ((slices.computed * slices.sizes).sum(axis=1) / self._total).tolist()
         self._receives = ((is_awaited * slices.sizes).sum(axis=1) / self._total).tolist()
-        self._additions = [0.0] * self.world_size  # nobody owns anything yet
+        self._taken_in = [0.0] * self.world_size  # nobody owns anything yet
 
     def cost(self, run: _Run, rank: int) -> tuple[float, float, int]:
         """What sorts the ranks by how badly one more of the run's segments suits them."""
-        sends, receives, additions = self._with(run, rank)
+        sends, receives, taken_in = self._with(run, rank)
         more_sends = _eighth_power(sends) - _eighth_power(self._sends[rank])
         more_receives = _eighth_power(receives) - _eighth_power(self._receives[rank])
-        return more_sends + more_receives, additions, rank
+        return more_sends + more_receives, taken_in, rank
 
     def give(self, run: _Run, rank: int) -> None:
         """One more of the run's segments to add up."""
-        self._sends[rank], self._receives[rank], self._additions[rank] = self._with(run, rank)
+        self._sends[rank], self._receives[rank], self._taken_in[rank] = self._with(run, rank)
 
     def _with(self, run: _Run, rank: int) -> tuple[float, float, float]:
         share, count = (run.end - run.start) / run.num_segments / self._total, len(run.contributors)
@@ -107,7 +107,7 @@ class _Loads:
         return (
             self._sends[rank] + share * (self.world_size - 2 + is_detour),
             self._receives[rank] + share * (max(count - 2, 0) + is_detour),
-            self._additions[rank] + share * (count - is_contributor),
+            self._taken_in[rank] + share * (count - is_contributor),
         )
 
 
@@ -138,8 +138,9 @@ def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
 def in_order(segments: list[Segment]) -> list[Segment]:
     """The order in which all ranks treat segments, for links that are busy all the time, in both directions.
 
-    What needs no addition comes first. What its owner did not compute comes last, since the others, for which it waits,
-    have more to send than it has at first. Among those each owner gets to what different ranks computed by turns.
+    What is ready comes first, as it is sent first. What its owner did not compute comes last, since the others, for
+    which it waits, have more to send than it has at first. Otherwise each owner takes what different ranks computed by
+    turns.
     """
     kinds = [(segment.owner, segment.contributors) for segment in segments]
     totals, numbers = Counter(kinds), Counter[tuple[int, tuple[int, ...]]]()

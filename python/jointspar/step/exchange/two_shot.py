@@ -80,11 +80,12 @@ def _sum_tag(segment: Segment, rank: int) -> int:
 class _TwoShot:
     """One call of `two_shot`.
 
-    All ranks walk the same list of segments, so messages of one kind between two ranks meet in its order. What a rank
-    has from the start, contributions first, is all under way before it expects anything (within one machine, Open MPI
-    is slower the other way round), and sums are waited for only after all contributions were received, so no cycle of
-    waits can form. Long messages travel only when they are expected: sums of what this rank did not compute are before
-    it waits, the others in the order of segments as its contributions have left.
+    All ranks walk the same list of segments, so messages of one kind between two ranks meet in its order; for sums
+    that is so because what is ready stands first. What a rank has from the start, contributions first, is all under
+    way before it expects anything (within one machine, Open MPI is slower the other way round), and sums are waited
+    for only after all contributions were received, so no cycle of waits can form. Long messages travel only when
+    they are expected: sums of what this rank did not compute are before it waits, the others in the order of
+    segments as its contributions have left.
     """
 
     def __init__(
@@ -157,14 +158,14 @@ class _TwoShot:
     def _receive_contributions(self, segment: Segment) -> tuple[list[Part], list[torch.Tensor]]:
         """Post the receives of one segment. Returns its parts in the order of ranks, and the slots that they are in."""
         slots = [self._free_slots.pop() for _ in segment.contributors[1:]]
-        own, unused = self._view(segment), iter(slots)
-        is_in_place = self._rank not in segment.contributors  # the first of them
+        own = self._view(segment)
+        targets = iter(slots if self._rank in segment.contributors else [own, *slots])  # the first in place
         parts: list[Part] = []
         for rank in segment.contributors:
             if rank == self._rank:
                 parts.append((None, own))
                 continue
-            target = own if is_in_place and not parts else next(unused)[: segment.end - segment.start]
+            target = next(targets)[: segment.end - segment.start]
             pending = self._transport.start_receive(target, rank, what=self._what, tag=_CONTRIBUTION)
             parts.append((pending, target))
         return parts, slots
