@@ -18,7 +18,7 @@ def assert_good(case, count):
     counts = Counts()
     for _ in run_case(case, count, find_launcher("mpirun"), counts):
         pass
-    assert counts.is_good, (counts, *counts.problems)
+    assert counts.is_good, "\n".join([str(counts), *counts.problems])  # whole: pytest shortens tuples
 
 
 @pytest.mark.mpi
