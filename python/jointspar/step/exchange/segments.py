@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
@@ -43,16 +42,19 @@ class _Run(NamedTuple):
 
 
 def partition(slices: Slices, max_elements: int) -> list[Segment]:
-    """Cut a buffer into segments of one set of contributors each, in order, and share their ownership out.
+    """Cut a buffer into segments of one set of contributors each, and share their ownership out.
 
-    What nobody computed is in no segment.
+    In the order in which all ranks treat them, for links that are busy all the time, in both directions: what is ready
+    comes first, as it is sent first, and what its owner did not compute comes last, since the others, for which it
+    waits, have more to send than it has at first. What nobody computed is in no segment.
     """
     runs = _runs(slices, max_elements)
-    return [
+    segments = [
         Segment(start, end, owner, run.contributors)
         for run, owners in zip(runs, _owners(slices, runs), strict=True)
         for (start, end), owner in zip(_evenly(run.start, run.end, run.num_segments), owners, strict=True)
     ]
+    return sorted(segments, key=lambda segment: (not segment.is_ready, segment.owner not in segment.contributors))
 
 
 def _owners(slices: Slices, runs: list[_Run]) -> list[list[int]]:
@@ -133,20 +135,3 @@ def _eighth_power(load: float) -> float:
 
 def _evenly(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
     return pairwise(first + (last - first) * part // parts for part in range(parts + 1))
-
-
-def in_order(segments: list[Segment]) -> list[Segment]:
-    """The order in which all ranks treat segments, for links that are busy all the time, in both directions.
-
-    What is ready comes first, as it is sent first. What its owner did not compute comes last, since the others, for
-    which it waits, have more to send than it has at first. Otherwise each owner takes what different ranks computed by
-    turns.
-    """
-    kinds = [(segment.owner, segment.contributors) for segment in segments]
-    totals, numbers = Counter(kinds), Counter[tuple[int, tuple[int, ...]]]()
-    places = []
-    for segment, kind in zip(segments, kinds, strict=True):
-        numbers[kind] += 1
-        is_detour = segment.owner not in segment.contributors
-        places.append((not segment.is_ready, is_detour, (numbers[kind] - 0.5) / totals[kind], segment.start))
-    return [segment for _, segment in sorted(zip(places, segments, strict=True))]

@@ -16,13 +16,12 @@ from jointspar import ops
 from jointspar.comm.transport import Pending, Transport, check_buffer
 from jointspar.step.exchange.interface import Slices
 from jointspar.step.exchange.scratch import Scratch
-from jointspar.step.exchange.segments import Segment, in_order, partition
+from jointspar.step.exchange.segments import Segment, partition
 
 _MIN_SEGMENT_BYTES = 128 * 1024  # less costs more in calls than it gains in overlap
 _SEGMENTS_PER_RANK = 16
 _CONTRIBUTION, _SUM, _SUM_BACK = 1, 2, 3  # tags; sums that go back to a contributor are expected later than others
-_NUM_AHEAD = 8  # segments, for each other rank, that there is scratch memory to receive ahead; or as many as
-_AHEAD_BYTES = 512 * 1024  # are in this: enough to go on while an answer waits behind other data
+_NUM_AHEAD = 8  # segments, for each other rank, that there is scratch memory for: to receive while answers wait
 
 Part = tuple[Pending | None, torch.Tensor]  # of a segment, as one rank computed it; None: this one
 
@@ -104,12 +103,10 @@ class _TwoShot:
             longest = max(per_rank, _MIN_SEGMENT_BYTES // packed.element_size())
         else:
             longest = max(1, segment_bytes // packed.element_size())
-        self._segments = in_order(partition(slices, longest))
+        self._segments = partition(slices, longest)
         longest = max((segment.end - segment.start for segment in self._segments), default=0)
-        in_bytes = _AHEAD_BYTES // max(1, longest * packed.element_size())
-        most = max(_NUM_AHEAD, in_bytes) * (self._world_size - 1)
         needed = sum(len(segment.contributors) - 1 for segment in self._segments if segment.owner == self._rank)
-        self._free_slots = scratch.slots(min(most, needed), longest, packed.dtype)
+        self._free_slots = scratch.slots(min(_NUM_AHEAD * (self._world_size - 1), needed), longest, packed.dtype)
         self._contributions: dict[Segment, Pending] = {}
         self._sums: list[Pending] = []
 
