@@ -28,6 +28,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jointspar")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """No tests of what does not exist: NumPy and CuPy have no bfloat16."""
+
+    def exists(item: pytest.Item) -> bool:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("library") not in (NumpyArrays, "cupy") or "bfloat16" not in params.values()
+
+    items[:] = filter(exists, items)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One folder's tests that start jobs of several ranks go to one worker, since such a job fills the machine."""

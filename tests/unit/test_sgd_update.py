@@ -63,13 +63,11 @@ def test_every_size_matches_float64(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 1e-2), (0.9, 1e-2)])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
 def test_50_steps_follow_torch(
     device: str, rng: np.random.Generator, dtype: str, nesterov: bool, momentum: float, weight_decay: float
 ) -> None:
-    if nesterov and momentum == 0.0:
-        pytest.skip("torch refuses nesterov without momentum")
     start = [
         torch.tensor(rng.standard_normal(shape), dtype=getattr(torch, dtype), device=device)
         for shape in ((7, 5), (300,), (2, 3, 4))
