@@ -27,7 +27,8 @@ class JointSparLARS(JointSparOptimizer):
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.
-            float32, float64, bfloat16 or float16 on the CPU; momentum is kept in float32 (float64 for float64).
+            float32, float64, bfloat16 or float16, all on the CPU or on one CUDA device; momentum is kept in float32
+            (float64 for float64).
         lr, momentum, weight_decay, trust_coefficient, eps, nesterov: see `jointspar.ops.lars_update`; all but
             nesterov may differ by group.
         adapt_vectors: also adapt and decay tensors of one dimension (biases, normalisation); per group.
@@ -88,7 +89,9 @@ class JointSparLARS(JointSparOptimizer):
 class JointSparSGD(JointSparOptimizer):
     """JointSpar with SGD, momentum and weight decay as `torch.optim.SGD`: the expected step is the dense step.
 
-    Arguments as `JointSparLARS`. Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar).
+    Arguments as `JointSparLARS`, without those of LARS itself (trust_coefficient, eps, adapt_vectors).
+
+    Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar).
     """
 
     _hyper_names = ("lr", "momentum", "weight_decay")
