@@ -140,7 +140,9 @@ def _train(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"jointspar train: {error}") from error
     _require_packages("train", "matplotlib", "safetensors", "tqdm")
-    from jointspar.training.loop import SetupError, StoppedError, train
+    from jointspar.training.loop import StoppedError
+    from jointspar.training.setup import SetupError
+    from jointspar.training.start import train
 
     try:
         train(config)

@@ -97,6 +97,8 @@ def test_short_floats_on_the_wire_take_an_exchange_but_no_other_dtype() -> None:
         ({"dense_epochs": 30.0}, "--dense-epochs 30 of 30 epochs leaves none"),
         ({"warmup_epochs": -1.0}, "--warmup-epochs"),
         ({"seed": -1}, "--seed"),
+        ({"device": "tpu"}, "--device 'tpu' is unknown: choose from cpu, cuda"),
+        ({"device": "cuda", "method": "topk"}, "--device cuda: --method topk makes its messages on the CPU"),
         ({"bandit_lr": 0.1}, "--bandit-lr acts only with --distribution bandit"),
     ],
 )

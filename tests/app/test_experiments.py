@@ -27,6 +27,7 @@ def test_the_paper_list_holds_the_papers_settings() -> None:
             config = experiment.config(label, 0, Path())
             assert (config.epochs, config.warmup(), config.schedule_milestones()) == (90, 5, (30, 50, 70))
             assert (config.batch_size, config.base_lr) == (1024, 0.1)
+            assert config.trust_coefficient == (0.001 if "lars" in config.method else None)
             assert experiment.num_ranks == (64 if config.dataset == "imagenet" else 16)
 
 

@@ -10,15 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data_files import random_bytes, resize_table, write_cifar100, write_class_folders, write_shards, write_svhn
+from data_files import (
+    random_bytes,
+    resize_table,
+    write_cifar100,
+    write_class_folders,
+    write_mnist,
+    write_shards,
+    write_svhn,
+)
 from jointspar import cli
 from jointspar.training.config import METHODS, TrainConfig
-from jointspar.training.loop import train
 from jointspar.training.records import Display, read_metrics
 from jointspar.training.setup import SetupError
+from jointspar.training.start import train
 
 SHORT: dict[str, Any] = {"batch_size": 128, "epochs": 2, "base_lr": 0.5, "log_every": 4, "threads": 1}
 
@@ -125,6 +134,22 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
     with pytest.raises(SetupError, match=r"momentum was 0\.9 and is now 0\.5"):
         train(TrainConfig(out=tmp_path, resume=True, momentum=0.5, **SHORT))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="--device cuda: torch finds no CUDA device here"):
+        train(TrainConfig(out=tmp_path, device="cuda", **SHORT))
+
+
+def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
+    """Batches are counted, so that fewer samples could leave none to end the epoch with."""
+    flags = {"dataset": "mnist", "data_dir": tmp_path / "data", "batch_size": 4, "epochs": 1, "threads": 1}
+    write_mnist(tmp_path / "data")
+    train(TrainConfig(out=tmp_path / "run", max_steps=4, **flags))
+    write_mnist(tmp_path / "data", num_train=12)
+    with pytest.raises(SetupError, match=r"data was '20 \+ 6 images, .*' and is now '12 \+ 6 images, "):
+        train(TrainConfig(out=tmp_path / "run", resume=True, **flags))
 
 
 @pytest.mark.parametrize(("dense_epochs", "num_dense"), [(3 / 11, 3), (0.01, 1)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from jointspar.training import circumstances
 from jointspar.training.demo import table
 from jointspar.training.records import (
     Display,
@@ -95,3 +97,26 @@ def test_demo_table_has_a_row_per_run() -> None:
     assert len(rows) == 3
     assert len({len(row) for row in rows}) == 1
     assert rows[2].split() == ["jointspar-lars", "98.00", "%", "0.0200", "3.0", "5.00", "50", "%"]
+
+
+def test_the_commit_tells_changed_code_from_changed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        name: tmp_path / name for name in ("csrc/kernel.cpp", "bench/peers.py", "bench/results/x.json", "README.md")
+    }
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(circumstances, "__file__", str(tmp_path / "python/jointspar/training/circumstances.py"))
+    head = circumstances.commit()
+    assert head is not None and len(head) == 40
+    for name, mark in (
+        ("README.md", ""),
+        ("bench/results/x.json", ""),
+        ("bench/peers.py", "+"),
+        ("csrc/kernel.cpp", "+"),
+    ):
+        files[name].write_text("after\n")
+        assert circumstances.commit() == head + mark, name

@@ -16,6 +16,7 @@ import jobs
 import warm_python
 from fake_training import reproduce, write_list
 from jointspar.training.reproduce import figures, runs
+from jointspar.training.reproduce.experiments import load_list
 
 
 @pytest.fixture(autouse=True)
@@ -219,3 +220,22 @@ def test_ranks_and_simulated_workers_give_the_same_accuracy(tmp_path: Path, monk
     summaries = [experiment["runs"][0]["seeds"][0]["summary"] for experiment in (mpi, simulated)]
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"] > 0.1
     assert summaries[0]["train_loss"] == pytest.approx(summaries[1]["train_loss"], rel=1e-6)
+
+
+def test_the_committed_results_are_those_of_the_committed_list() -> None:
+    out = Path(__file__).parents[2] / "bench/results/reproduce-reduced"
+    chosen, found = load_list("reduced"), json.loads((out / "results.json").read_text())
+    for run in runs.runs_of(chosen, out):
+        runs.check_folder(run)
+    for experiment, reported in zip(chosen.experiments, found["experiments"], strict=True):
+        assert [reported[name] for name in ("name", "title", "text")] == [
+            experiment.name,
+            experiment.title,
+            experiment.text,
+        ]
+        complete = [run for run in runs.runs_of(chosen, out) if run.experiment is experiment and run.is_complete]
+        summaries = {(run.label, run.seed): json.loads((run.folder / "summary.json").read_text()) for run in complete}
+        assert summaries == {
+            (run["label"], seed["seed"]): seed["summary"] for run in reported["runs"] for seed in run["seeds"]
+        }
+        assert all(run["settings"] == experiment.runs[run["label"]] for run in reported["runs"])

@@ -42,7 +42,8 @@ while "--resume" not in sys.argv:
     time.sleep(0.01)
 (out / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 2, "step": 1, "train_loss": 1, "test_accuracy": 1,'
     '"seconds": 1, "bytes_sent": 0, "active_fraction": 1, "phase_ms": {"forward": 1}}\\n')
-(out / "summary.json").write_text('{"test_accuracy": 1, "train_loss": 1, "seconds": 1, "active_fraction": 1}')
+(out / "summary.json").write_text('{"test_accuracy": 1, "train_loss": 1, "seconds": 1, "active_fraction": 1,'
+    '"skipped_steps": 0, "dataset": "digits"}')
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_points_are_over_the_seeds_that_both_runs_have(fake_training: Path) -> N
     (out / "one/half/seed-1/summary.json").unlink()
     assert reproduce(path, out, "--report") == 0
     _, half = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
-    assert (half.num_seeds, half.points) == (1, pytest.approx(-5.0))
+    assert (half.seeds, half.points) == ("1", pytest.approx(-5.0))
 
 
 def test_the_report_says_what_the_runs_were_made_with(fake_training: Path) -> None:
@@ -56,7 +57,50 @@ def test_the_report_says_what_the_runs_were_made_with(fake_training: Path) -> No
     content["made_with"][0] |= {"processor": "Abacus", "commit": "0123456789abcdef+"}
     note.write_text(json.dumps(content))
     assert reproduce(path, out) == 0
-    assert re.search(r"Abacus, \d+ cores · jointspar .* · commit 0123456789\+<br>", (out / "report.html").read_text())
+    page = (out / "report.html").read_text()
+    assert re.search(r"Abacus, \d+ cores · jointspar .*<br>", page)
+    assert re.search(r"half: \{.*\} · sums by ring · seed 0: commit .* · seed 1: commit 0123456789\+\n", page)
+
+
+def test_a_lost_seed_is_counted_and_left_out_of_means(fake_training: Path) -> None:
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training, seeds="[0, 1, 9]"), out) == 0
+    rows = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
+    assert [row.seeds for row in rows] == ["3, 1 lost"] * 2
+    assert rows[1].cells[0] == "85.50 % (85.00 % to 86.00 %)"
+    assert rows[1].points == pytest.approx(-5.0)
+
+
+def test_where_all_seeds_are_lost_the_table_gives_them(fake_training: Path) -> None:
+    out = fake_training / "out"
+    assert reproduce(write_list(fake_training, seeds="[9]"), out) == 0
+    rows = results.table(json.loads((out / "results.json").read_text())["experiments"][0])
+    assert (rows[0].seeds, rows[0].cells[0]) == ("1, 1 lost", "19.00 %")
+
+
+def test_what_failed_is_counted_and_told_until_it_is_mended(fake_training: Path) -> None:
+    out, methods = fake_training / "out", '"bad" = { method = "sgd" }\n"frail" = { method = "topk" }\n'
+    assert reproduce(write_list(fake_training, methods), out) == 1
+    experiment = json.loads((out / "results.json").read_text())["experiments"][0]
+    assert [row.seeds for row in results.table(experiment)] == ["2", "2", "1, 1 failed"]
+    page = (out / "report.html").read_text()
+    assert all(f"Failed: {who}: failed with exit code 3<br>" in page
+               for who in ("bad, seed 0", "bad, seed 1", "frail, seed 1"))  # fmt: skip
+    assert reproduce(write_list(fake_training, methods.replace("sgd", "lars").replace("topk", "lars")), out) == 2
+    shutil.rmtree(out / "one/frail")
+    assert reproduce(write_list(fake_training, methods.replace("sgd", "lars").replace("topk", "lars")), out) == 0
+    assert "Failed" not in (out / "report.html").read_text()
+
+
+def test_steps_that_were_skipped_are_told(fake_training: Path) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    summary = out / "one/half/seed-1/summary.json"
+    summary.write_text(summary.read_text().replace('"skipped_steps": 0', '"skipped_steps": 3'))
+    assert reproduce(path, out, "--report") == 0
+    found = json.loads((out / "results.json").read_text())["experiments"][0]
+    place = [column.title for column in results.columns(found)].index("skipped steps")
+    assert [row.cells[place] for row in results.table(found)] == ["0", "1.5 (0 to 3)"]
 
 
 def test_figures_of_what_is_no_longer_reported_are_removed(fake_training: Path) -> None:
@@ -92,6 +136,14 @@ def test_the_end_shows_each_seed_and_the_mean(experiment: dict[str, Any]) -> Non
     assert [label.get_text() for label in axes.get_yticklabels()] == ["dense", "half"]
     shown = [round(float(x), 9) for line in axes.lines for x in line.get_xdata()]
     assert shown == [90, 91, 90.5, 90.5, 90.5, 85, 86, 85.5]
+
+
+def test_a_lost_seed_does_not_squeeze_the_others(experiment: dict[str, Any]) -> None:
+    experiment["runs"][1]["seeds"][0]["summary"]["test_accuracy"] = 0.1
+    axes = figures._draw_end(experiment).axes[0]
+    assert axes.get_xlim()[0] > 80
+    crosses = [line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [list(line.get_ydata()) for line in crosses] == [[1]]
 
 
 def test_probabilities_name_the_layers(experiment: dict[str, Any]) -> None:

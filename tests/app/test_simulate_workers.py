@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import jobs
 import warm_python
 from jointspar import cli
-from jointspar.training import loop
+from jointspar.training import start
 from jointspar.training.config import TrainConfig
-from jointspar.training.loop import train
 from jointspar.training.records import read_metrics
+from jointspar.training.start import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT: dict[str, Any] = {"batch_size": 32, "epochs": 2, "log_every": 1, "threads": 1}
@@ -63,8 +63,8 @@ def test_a_run_without_the_flag_is_not_simulated(tmp_path: Path) -> None:
 
 def test_the_data_are_read_once_for_all_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    original = loop.load_dataset
-    monkeypatch.setattr(loop, "load_dataset", lambda *given: read.append(given) or original(*given))
+    original = start.load_dataset
+    monkeypatch.setattr(start, "load_dataset", lambda *given: read.append(given) or original(*given))
     train(TrainConfig(out=tmp_path, max_steps=1, simulate_workers=3, **SHORT))
     assert len(read) == 1
 

@@ -2,18 +2,21 @@
 
 import functools
 import itertools
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import jointspar as js
 from jobs import find_launcher, run_on_ranks
 from jointspar.training.config import METHODS, TrainConfig
 from jointspar.training.setup import make_optimizer
+from jointspar.training.start import train as train_as_a_user
 
 pytestmark = pytest.mark.mpi
 
@@ -47,6 +50,9 @@ CASES = {
     ", ".join(case): functools.partial(optimizer_of_api, *case)
     for case in itertools.product(OPTIMIZERS, SAMPLINGS, WIRES)
 } | {f"--method {method}": functools.partial(optimizer_of_method, method) for method in METHODS}
+
+RUNS = {method: {"method": method} for method in METHODS}
+RUNS["resnet20"] = {"method": "jointspar-lars", "model": "resnet20", "strategy": "independent"}
 
 
 def train(case):
@@ -82,3 +88,40 @@ def test_simulated_ranks_train_as_the_ranks_of_an_mpi_job(num_ranks, tmp_path):
         if num_ranks == 2 or not is_summed_by_mpi:  # MPI's order of three numbers is its own
             np.testing.assert_array_equal(found[:, number], expected[:, number], case)
         np.testing.assert_allclose(found[:, number], expected[:, number], rtol=1e-6, atol=1e-6, err_msg=case)
+
+
+def train_every_run(workers=None):
+    """`jointspar train` with each method: real pictures, convolutions, batch-norm statistics and their averages."""
+    for name, settings in RUNS.items():
+        method = METHODS[settings["method"]]
+        exchange = None if method.compressor else "ring"
+        train_as_a_user(TrainConfig(
+            out=Path(os.environ["RESULT"]) / name, max_steps=6, epochs=1, batch_size=32, threads=1, seed=3,
+            lr=0.1 if method.is_layerwise else 0.02, exchange=exchange, simulate_workers=workers, **settings,
+        ))  # fmt: skip
+
+
+def test_simulated_runs_of_every_method_end_as_those_of_an_mpi_job(tmp_path, monkeypatch):
+    program = f"{__file__}:{train_every_run.__name__}"
+    job = run_on_ranks(find_launcher("mpirun"), 2, [program], 170, {"RESULT": str(tmp_path / "mpi")})
+    assert job.code == 0, job.output
+    monkeypatch.setenv("RESULT", str(tmp_path / "simulated"))
+    train_every_run(workers=2)
+    for name in RUNS:
+        folders = [tmp_path / kind / name for kind in ("mpi", "simulated")]
+        (expected, results), (found, other_results) = map(what_a_run_left, folders)
+        assert results == other_results, name
+        assert expected.keys() == found.keys()
+        for tensor in expected:
+            text = f"{name}, {tensor}"
+            np.testing.assert_allclose(found[tensor], expected[tensor], rtol=1e-6, atol=1e-6, err_msg=text)
+
+
+def what_a_run_left(folder):
+    """Weights, momenta and buffers; accuracy and bytes."""
+    (checkpoint,) = (folder / "checkpoint").iterdir()
+    tensors = {**load_file(checkpoint / "shared.safetensors"), **load_file(checkpoint / "rank-1.safetensors")}
+    summary = json.loads((folder / "summary.json").read_text())
+    names = ("steps", "test_accuracy", "bytes_sent", "bytes_dense", "active_fraction", "skipped_steps", "exchange")
+    kept = {name: tensor.double() for name, tensor in tensors.items() if name != "random_state"}
+    return kept, {name: summary[name] for name in names}

@@ -14,6 +14,7 @@ import jointspar
 from jointspar.training.config import usable_cores
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_NO_CODE = (":(exclude)bench/results", ":(exclude)*.md")
 
 
 def circumstances() -> dict[str, Any]:
@@ -36,7 +37,7 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is in, with "+" where something was changed; None elsewhere."""
+    """The commit of the checkout that this file is in, with "+" where code was changed since; None elsewhere."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
@@ -44,7 +45,10 @@ def commit() -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *_NO_CODE],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -27,6 +27,8 @@ class ImageSizes(NamedTuple):
     largest: int
 
 
+# "fp16" and "bf16" send the number formats of mixed precision (Micikevicius et al. 2018, Kalamkar et al. 2019); the
+# sources of the other compressors are in training.baselines.
 METHODS = {
     "sgd": Method(is_layerwise=False, is_sparse=False, base_lr=0.05),
     "lars": Method(is_layerwise=True, is_sparse=False, base_lr=0.4),
@@ -63,10 +65,14 @@ COMPRESSION_FIELDS = {
 }
 MOST_QSGD_LEVELS = 127  # with a sign, 8 bits
 # Fields that may change between a run and its continuation; all others decide what is learned.
-FREE_FIELDS = ("out", "resume", "data_dir", "log_every", "max_steps", "threads", "epochs", "simulate_workers")
+FREE_FIELDS = (
+    "out", "resume", "data_dir", "log_every", "max_steps", "threads", "device", "epochs", "simulate_workers",
+)  # fmt: skip
+DEVICES = ("cpu", "cuda")
 
 # What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 # Goyal et al. train 90 epochs: 5 of warm-up, steps after 30, 50 and 70.
@@ -81,6 +87,7 @@ class TrainConfig:
     budget: int = expected number of active layers, float <= 1 = fraction of the layers. batch_size: per rank.
     base_lr: rate per 256 samples of the global batch; lr: the rate after warm-up itself. Give one of them.
     max_steps: stop early after so many steps, the schedule unchanged. threads: torch threads of this rank.
+    device: where model and gradients are, "cpu" (the default) or "cuda", there a GPU for each rank of a host in turn.
     simulate_workers: ranks that this one process plays in turn; None: the launcher's, or one.
     A field that the method does not use is an error. Raises ValueError naming the flag.
     """
@@ -118,6 +125,7 @@ class TrainConfig:
     nesterov: bool = False
     seed: int = 0
     threads: int | None = None
+    device: str | None = None
     data_dir: Path | None = None
     resume: bool = False
     log_every: int = 10
@@ -128,6 +136,8 @@ class TrainConfig:
         _check_choice("--dataset", self.dataset, DATASETS)
         _check_choice("--model", self.model, tuple(MODELS))
         _check_choice("--method", self.method, tuple(METHODS))
+        if self.device is not None:
+            _check_choice("--device", self.device, DEVICES)
         self._check_that_model_fits()
         self._check_numbers()
         self._check_budget()
@@ -192,6 +202,10 @@ class TrainConfig:
                     f"{flag(name)} does not act with --method {self.method}, which says itself what is sent: "
                     "leave it out, or use another method"
                 )
+        if self.device not in (None, "cpu") and method.compressor:
+            raise ValueError(
+                f"--device {self.device}: --method {self.method} makes its messages on the CPU: leave --device out"
+            )
         if self.overlap and method.compressor:
             raise ValueError(f"--overlap: --method {self.method} takes all gradients at once: leave one of them out")
         if self.compression_ratio is not None and not 0 < self.compression_ratio <= 1:
@@ -276,6 +290,11 @@ def usable_cores() -> int:
 def local_ranks() -> int:
     """Ranks that the launcher started on this host; 1 without a launcher."""
     return _launcher_number(LOCAL_SIZE_VARIABLES, 1)
+
+
+def local_rank() -> int:
+    """This process's place among the ranks on this host; 0 without a launcher."""
+    return _launcher_number(LOCAL_RANK_VARIABLES, 0)
 
 
 def launcher_rank() -> int:

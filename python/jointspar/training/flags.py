@@ -31,6 +31,7 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--threads", type=int, help="torch threads per rank (default OMP_NUM_THREADS, else its share of the cores)"
     )
+    run.add_argument("--device", metavar="D", help="cpu (default), cuda: a GPU for each rank of a host, in turn")
     run.add_argument(
         "--simulate-workers",
         type=int,

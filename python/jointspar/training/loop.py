@@ -1,14 +1,10 @@
-"""The training loop behind `jointspar train`: an ordinary PyTorch loop around a jointspar optimizer."""
+"""The loop of `jointspar train`: an ordinary PyTorch loop around a jointspar optimizer."""
 
 from __future__ import annotations
 
-import functools
-import signal
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -19,17 +15,10 @@ import jointspar as js
 from jointspar.comm.transport import Transport
 from jointspar.replicas import average
 from jointspar.telemetry import Stats
-from jointspar.training.config import (
-    METHODS,
-    REFERENCE_BATCH,
-    TrainConfig,
-    launcher_rank,
-    threads_per_rank,
-)
-from jointspar.training.data.batches import ShardedBatches, StreamedBatches, evaluation_batches, training_batches
-from jointspar.training.data.datasets import Dataset, load_dataset
+from jointspar.training.config import METHODS, REFERENCE_BATCH, TrainConfig
+from jointspar.training.data.batches import ShardedBatches, StreamedBatches, evaluation_batches
+from jointspar.training.data.datasets import Dataset
 from jointspar.training.data.prefetch import prefetch
-from jointspar.training.launch import STOP_SIGNALS
 from jointspar.training.models import build_model
 from jointspar.training.records import (
     CHECKPOINT_FOLDER,
@@ -44,45 +33,9 @@ from jointspar.training.records import (
     read_metrics,
     write_summary,
 )
-from jointspar.training.setup import SetupError, agree_on_start, check_warmup, make_optimizer, prepare_folder
+from jointspar.training.setup import make_optimizer
 
 _AVERAGED = ("loss_sum", "bytes_sent", "bytes_dense", "active_sum", "seconds")  # of the progress, by rank
-
-
-def train(config: TrainConfig) -> Summary:
-    """Train one model and write config.out/{summary.json, metrics.jsonl, curves.png, checkpoint/}.
-
-    Collective: every rank of `js.comm.world()` calls it with the same config; only rank 0 writes. Each epoch ends with
-    batch-norm buffers averaged, an evaluation sharded over the ranks, and a checkpoint. The same config, world size and
-    threads give the same weights, in one go or resumed. With config.simulate_workers this process plays all ranks.
-    SIGTERM or SIGUSR1 on any rank ends the run in order: all ranks finish the same step and write a checkpoint.
-    Raises SetupError when data, flags or folders do not allow a start, StoppedError on every rank after such a signal.
-    """
-    try:
-        comm = js.comm.world()
-    except js.errors.JointSparError as error:
-        raise SetupError(str(error), is_speaker=launcher_rank() == 0) from error
-    torch.set_num_threads(config.threads or threads_per_rank())
-    if config.simulate_workers is None:
-        return _train_on(comm, config, load_dataset)
-    if comm.world_size > 1:
-        raise SetupError(
-            f"--simulate-workers does not act under a launcher, which started {comm.world_size} ranks: leave it out, "
-            "or start one process",
-            is_speaker=comm.rank == 0,
-        )
-    load_once = functools.cache(load_dataset)  # the ranks read the same memory
-    return js.comm.run_simulated(config.simulate_workers, lambda rank: _train_on(rank, config, load_once))[0]
-
-
-def _train_on(comm: Transport, config: TrainConfig, load: Callable[..., Dataset]) -> Summary:
-    """What one rank does, from its set-up to the end."""
-    run = _set_up(config, comm, load)
-    try:
-        with _stop_on_signals(run.optimizer):
-            return run.fit()
-    finally:
-        run.close()
 
 
 class StoppedError(Exception):
@@ -93,11 +46,18 @@ class Run:
     """One training run: the objects that `train` set up, and the loop over them."""
 
     def __init__(
-        self, config: TrainConfig, comm: Transport, dataset: Dataset, batches: ShardedBatches | StreamedBatches
+        self,
+        config: TrainConfig,
+        comm: Transport,
+        dataset: Dataset,
+        batches: ShardedBatches | StreamedBatches,
+        identity: dict[str, object],
+        device: torch.device,
     ) -> None:
-        self.config, self.comm, self.dataset, self.batches = config, comm, dataset, batches
+        self.config, self.comm, self.dataset, self.batches, self.device = config, comm, dataset, batches, device
         its = dataset.properties
-        self.model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
+        model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
+        self.model = model.to(device)
         self.optimizer = make_optimizer(config, self.model, comm, steps_per_epoch=len(batches))
         self.scheduler = js.schedule.linear_scaling_warmup(
             self.optimizer,
@@ -109,7 +69,7 @@ class Run:
             milestones=config.schedule_milestones(),
             reference_batch=REFERENCE_BATCH,
         )
-        self.identity = config.identity() | {"world_size": comm.world_size}
+        self.identity = identity | {"world_size": comm.world_size}
         self.progress = self._load() if config.resume else Progress()
         self.counted = _totals(self.optimizer.stats)  # what `progress` contains already
         self.lr = float("nan")  # of the last step
@@ -155,6 +115,7 @@ class Run:
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         before_forward = time.perf_counter()
         self.optimizer.zero_grad()
+        images, labels = self._on_device(images, labels)
         loss = functional.cross_entropy(self.model(images), labels)
         before_backward = time.perf_counter()
         loss.backward()
@@ -251,9 +212,13 @@ class Run:
         self.model.eval()
         with torch.no_grad(), closing(prefetch(evaluation_batches(test, self.comm.rank, world_size))) as batches:
             for images, labels in batches:
+                images, labels = self._on_device(images, labels)
                 num_correct += int((self.model(images).argmax(dim=1) == labels).sum())
         share = average(torch.tensor([num_correct], dtype=torch.float64), self.comm, what="evaluation")
         return round(share.item() * world_size) / len(test)
+
+    def _on_device(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.to(self.device), labels.to(self.device)
 
     def _average_over_ranks(self, *names: str) -> None:
         values = torch.tensor([getattr(self.progress, name) for name in names], dtype=torch.float64)
@@ -317,44 +282,11 @@ class Run:
             epochs=config.epochs,
             skipped_steps=progress.skipped_steps,
             simulated=self.comm.is_simulated,
+            exchange=self.optimizer.stats.exchange,
             layers=[layer.name for layer in self.optimizer.layers],
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )
 
 
-@contextmanager
-def _stop_on_signals(optimizer: js.JointSparLARS | js.JointSparSGD) -> Iterator[None]:
-    """Only the main thread may handle signals; in another one they keep their meaning."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, lambda *_: optimizer.request_stop()) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _totals(stats: Stats) -> tuple[int, int, int]:
     return stats.total_sent_bytes, stats.total_dense_bytes, stats.skipped_steps
-
-
-def _set_up(config: TrainConfig, comm: Transport, load: Callable[..., Dataset]) -> Run:
-    """Read the data and prepare the folder, agree that every rank could, then build the run."""
-    error = None
-    run = config.identity()
-    try:
-        dataset = load(config.dataset, config.data_dir)
-        batches = training_batches(dataset.train, config.batch_size, comm.rank, comm.world_size, config.seed)
-        check_warmup(config, comm.world_size)
-        run |= {"images": [len(dataset.train), len(dataset.test)], "samples": dataset.train.fingerprint}
-        if comm.rank == 0:
-            prepare_folder(config)
-    except (ValueError, OSError) as caught:
-        error = caught
-    agree_on_start(comm, error, run)
-    try:
-        return Run(config, comm, dataset, batches)
-    except (ValueError, js.errors.CheckpointError) as caught:  # alike on all ranks
-        raise SetupError(str(caught), is_speaker=comm.rank == 0) from caught

@@ -23,6 +23,7 @@ class Summary:
     spent in training steps, without evaluation and files. bytes_sent: handed to the transport for gradients by one rank
     (mean over ranks), bytes_dense: what the same exchange of every layer would have taken. active_fraction: mean
     share of layers computed per step. simulated: the ranks were played by one process, so that seconds are of all.
+    exchange: how the gradients of the last step were summed.
     layers: names of the layers that are sampled, in the order of the metrics' probabilities.
     """
 
@@ -43,6 +44,7 @@ class Summary:
     epochs: int
     skipped_steps: int
     simulated: bool = False
+    exchange: str = ""
     layers: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 

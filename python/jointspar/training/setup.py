@@ -19,6 +19,7 @@ from jointspar.training.config import (
     REFERENCE_BATCH,
     SAMPLING_FIELDS,
     TrainConfig,
+    local_rank,
 )
 from jointspar.training.data.batches import training_batches
 from jointspar.training.data.datasets import Dataset
@@ -70,6 +71,15 @@ def check_settings(config: TrainConfig, world_size: int, dataset: Dataset) -> No
     its = dataset.properties
     model = build_model(config.model, its.in_channels, its.num_classes, its.image_size, seed=config.seed)
     make_optimizer(config, model, js.comm.local(), steps_per_epoch=1).release()
+
+
+def find_device(config: TrainConfig) -> torch.device:
+    """Where this rank trains. Raises ValueError where torch finds no such device."""
+    if config.device != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here: leave it out to train on the CPU")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def prepare_folder(config: TrainConfig) -> None:

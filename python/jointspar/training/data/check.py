@@ -61,6 +61,8 @@ def examine(properties: DatasetProperties, folder: Path, *, is_full: bool) -> It
         yield from _EXAMINERS[form.kind](folder, properties, form, is_full)
     except DatasetError as error:
         yield Finding("missing" if str(error).endswith("is missing") else "damaged", str(error))
+    except OSError as error:
+        yield Finding("damaged", f"{error.filename or folder} cannot be read: {error.strerror}")
 
 
 def _examine_package(folder: Path, properties: DatasetProperties, form: Form, is_full: bool) -> Iterator[Finding]:

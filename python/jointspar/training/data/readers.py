@@ -151,8 +151,8 @@ def read_bytes(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
     """All of a file, decompressed when its name ends in .gz. Raises DatasetError, also for more than max_bytes."""
     if not path.is_file():
         raise DatasetError(f"{path} is missing")
-    check_sum(path)
     try:
+        check_sum(path)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(max_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:

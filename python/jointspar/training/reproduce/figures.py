@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jointspar.training.plots import PHASE_ORDER, STYLE, column, epochs_below, heat_map, markers
+from jointspar.training.reproduce.results import kept_seeds
 
 _COLOURS = (
     "#1f3a5f",
@@ -58,7 +59,8 @@ def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
         yield "learning", _learning_caption(experiment), _draw_learning(experiment)
         yield (
             "accuracy",
-            "Accuracy after the last epoch: a dot for each seed, a bar for their mean.",
+            "Accuracy after the last epoch: a dot for each seed, a bar for their mean; at the left edge a cross for a "
+            "seed that is lost.",
             _draw_end(experiment),
         )
         if not experiment["simulated"]:
@@ -100,7 +102,7 @@ def _draw_learning(experiment: Experiment) -> Figure:
     for row, (what, title, factor) in zip(axes, vertical, strict=True):
         for panel, (over, label, scale) in zip(row, horizontal, strict=True):
             for run, style in zip(experiment["runs"], _line_styles(), strict=False):
-                _draw_seeds(panel, run["seeds"], (over, scale), (what, factor), style)
+                _draw_seeds(panel, kept_seeds(run), (over, scale), (what, factor), style)
             panel.set(title=title, xlabel=label)
             if over == "epoch":
                 epochs_below(panel)
@@ -145,7 +147,10 @@ def _draw_end(experiment: Experiment) -> Figure:
     figure = _new_figure(1.2 + 0.34 * len(runs))
     axes = figure.subplots()
     for row, (run, style) in enumerate(zip(runs, _line_styles(), strict=False)):
-        accuracy = [100 * seed["summary"]["test_accuracy"] for seed in run["seeds"]]
+        accuracy = [100 * seed["summary"]["test_accuracy"] for seed in kept_seeds(run)]
+        num_lost = len(run["seeds"]) - len(accuracy)
+        axes.plot([0.01 + 0.015 * number for number in range(num_lost)], [row] * num_lost, "x", color=style["color"],
+                  transform=axes.get_yaxis_transform())  # fmt: skip
         axes.plot(accuracy, [row] * len(accuracy), "o", color=style["color"], alpha=0.6)
         axes.plot(np.mean(accuracy), row, "|", color=style["color"], markersize=18, markeredgewidth=2.5)
         if run["label"] == experiment["reference"]:

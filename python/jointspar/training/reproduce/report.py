@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,40 @@ def write_report(results: Mapping[str, Any], out: Path) -> Path:
 
 def _for_template(experiment: Mapping[str, Any]) -> dict[str, Any]:
     if not experiment["runs"]:
-        return {**experiment, "rows": [], "pictures": []}
+        return {**experiment, "rows": [], "pictures": [], "settings": []}
     return {
         **experiment,
+        "settings": _settings(experiment),
         "rows": table(experiment),
         "columns": [column.title for column in columns(experiment)],
         "pictures": list(figures.draw(experiment)),
     }
+
+
+def _settings(experiment: Mapping[str, Any]) -> list[str]:
+    """A line a run: what the list says of it, how gradients were summed, and the commits that made its seeds."""
+    return [
+        f"{run['label']}: {json.dumps(run['settings'])}"
+        + "".join(f" · {word}" for word in _sums(run) + _commits(run["seeds"]))
+        for run in experiment["runs"]
+    ]
+
+
+def _sums(run: Mapping[str, Any]) -> list[str]:
+    return sorted({f"sums by {each['summary']['exchange']}" for each in run["seeds"] if "exchange" in each["summary"]})
+
+
+def _commits(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Such as "commit 0123456789", or "seed 1: commit 0123456789" where they differ."""
+    made = {seed["seed"]: ", ".join(_commit(each) for each in seed["made_with"]) for seed in seeds}
+    if len(set(made.values())) == 1:
+        return [next(iter(made.values()))]
+    return [f"seed {seed}: {words}" for seed, words in made.items()]
+
+
+def _commit(circumstances: Mapping[str, Any]) -> str:
+    commit = circumstances["commit"]
+    return "commit unknown" if commit is None else f"commit {commit[:10]}{'+' * commit.endswith('+')}"
 
 
 def _base64(content: bytes) -> str:
@@ -68,6 +96,4 @@ def _made_with(results: Mapping[str, Any]) -> list[str]:
 
 def _in_words(circumstances: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {circumstances[name.lower()]}" for name in ("jointspar", "torch", "Python"))
-    words = f"{circumstances['processor']}, {circumstances['cores']} cores · {versions}"
-    commit = circumstances["commit"]
-    return words if commit is None else f"{words} · commit {commit[:10]}{'+' * commit.endswith('+')}"
+    return f"{circumstances['processor']}, {circumstances['cores']} cores · {versions}"

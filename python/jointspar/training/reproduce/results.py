@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jointspar.training.data.properties import PROPERTIES
 from jointspar.training.records import (
     METRICS_FILE,
     SUMMARY_FILE,
@@ -55,6 +56,9 @@ def _experiment(experiment: Experiment, chosen: ExperimentList, out: Path) -> di
         "simulated": experiment.is_simulated,
         "reference": experiment.reference,
         "runs_missing": sum(not run.is_complete for run in runs),
+        "failed": [
+            {"label": run.label, "seed": run.seed, "how": how} for run in runs if (how := run.failure()) is not None
+        ],
         "runs": [
             {"label": label, "settings": experiment.runs[label], "seeds": [_seed(run) for run in complete]}
             for label, complete in by_label.items()
@@ -106,15 +110,16 @@ COLUMNS = (
         "seconds", lambda summary: summary["seconds"], lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}"
     ),
     Column("sent per rank", lambda summary: summary["bytes_sent"], readable_bytes),
+    Column("skipped steps", lambda summary: summary["skipped_steps"], lambda value: f"{value:.3g}"),
     Column("layers computed", lambda summary: 100 * summary["active_fraction"], lambda value: f"{value:.0f} %"),
 )
 
 
 class Row(NamedTuple):
-    """A line of the table: mean and range over seeds of each column; points: see `_points`."""
+    """A line of the table: mean and range of each column over the seeds that are not lost; points: see `_points`."""
 
     label: str
-    num_seeds: int
+    seeds: str
     cells: tuple[str, ...]
     points: float | None
 
@@ -126,23 +131,45 @@ def table(experiment: Mapping[str, Any]) -> list[Row]:
     for run in experiment["runs"]:
         cells = tuple(_mean_and_range(_values(run, column), column.write) for column in columns(experiment))
         points = None if reference is None or run is reference else _points(run, reference)
-        rows.append(Row(run["label"], len(run["seeds"]), cells, points))
+        rows.append(Row(run["label"], _seeds_in_words(run, experiment["failed"]), cells, points))
     return rows
+
+
+def kept_seeds(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The seeds that means are taken over: not those that end near guessing, which no other seed resembles.
+
+    Lost is a seed whose accuracy is below twice that of guessing; where all are lost, they are what the run gives.
+    """
+    return [seed for seed in run["seeds"] if not is_lost(seed)] or list(run["seeds"])
+
+
+def is_lost(seed: Mapping[str, Any]) -> bool:
+    summary = seed["summary"]
+    return bool(summary["test_accuracy"] < 2 / PROPERTIES[summary["dataset"]].num_classes)
+
+
+def _seeds_in_words(run: Mapping[str, Any], failed: Sequence[Mapping[str, Any]]) -> str:
+    """Such as "3", or "2, 1 lost, 1 failed"."""
+    num_failed = sum(each["label"] == run["label"] for each in failed)
+    counts = {"lost": sum(map(is_lost, run["seeds"])), "failed": num_failed}
+    return ", ".join([str(len(run["seeds"])), *(f"{count} {what}" for what, count in counts.items() if count)])
 
 
 def _points(run: Mapping[str, Any], reference: Mapping[str, Any]) -> float | None:
     """Mean difference in accuracy over the seeds that both have, so that none stands against another's luck."""
-    its, others = ({seed["seed"]: 100 * seed["summary"]["test_accuracy"] for seed in each["seeds"]}
+    its, others = ({seed["seed"]: 100 * seed["summary"]["test_accuracy"] for seed in kept_seeds(each)}
                    for each in (run, reference))  # fmt: skip
     differences = [its[seed] - others[seed] for seed in its if seed in others]
     return float(np.mean(differences)) if differences else None
 
 
 def columns(experiment: Mapping[str, Any]) -> tuple[Column, ...]:
-    """A simulated experiment has no time that means something, and one rank sends nothing."""
+    """A simulated experiment has no time that means something, one rank sends nothing, and few skip a step."""
     left_out = {"seconds"} if experiment["simulated"] else set()
     if experiment["ranks"] == 1:
         left_out.add("sent per rank")
+    if not any(seed["summary"]["skipped_steps"] for run in experiment["runs"] for seed in run["seeds"]):
+        left_out.add("skipped steps")
     return tuple(column for column in COLUMNS if column.title not in left_out)
 
 
@@ -156,12 +183,12 @@ def table_text(experiment: Mapping[str, Any]) -> str:
     )
     lines = [titles]
     for row in table(experiment):
-        lines.append((row.label, str(row.num_seeds), *row.cells, "" if row.points is None else f"{row.points:+.2f}"))
+        lines.append((row.label, row.seeds, *row.cells, "" if row.points is None else f"{row.points:+.2f}"))
     return text_table(lines)
 
 
 def _values(run: Mapping[str, Any], column: Column) -> list[float]:
-    found = [column.value(seed["summary"]) for seed in run["seeds"]]
+    found = [column.value(seed["summary"]) for seed in kept_seeds(run)]
     return [float("nan") if value is None else value for value in found]  # null: a loss that was not finite
 
 

@@ -20,7 +20,7 @@ from jointspar.training.reproduce.experiments import Experiment, ExperimentList,
 from jointspar.training.reproduce.process import alone_in, follow
 from jointspar.training.setup import check_settings
 
-RUN_FILE, LOG_FILE = "run.json", "log.txt"
+RUN_FILE, LOG_FILE, FAILURE_FILE = "run.json", "log.txt", "failure.txt"
 _SHOWN_LINES = 12  # of the log of a run that failed
 
 
@@ -53,6 +53,13 @@ class Run:
     def is_begun(self) -> bool:
         """Whether there is something to continue."""
         return has_checkpoint(self.folder)
+
+    def failure(self) -> str | None:
+        """How its last attempt failed; None for a run that is complete, was stopped, or was not tried."""
+        path = self.folder / FAILURE_FILE
+        if self.is_complete or not path.is_file():
+            return None
+        return path.read_text(encoding="utf-8").partition("\n")[0]
 
     @property
     def needs_launcher(self) -> bool:
@@ -159,7 +166,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """What decides the result and its times, as JSON gives it back."""
     config, experiment = run.config, run.experiment
     given = config.identity() | {"ranks": experiment.num_ranks, "simulated": experiment.is_simulated}
-    given |= {name: getattr(config, name) for name in ("epochs", "threads", "log_every")}
+    given |= {name: getattr(config, name) for name in ("epochs", "threads", "device", "log_every")}
     found: dict[str, Any] = json.loads(json.dumps(given))
     return found
 
@@ -170,7 +177,9 @@ def _differ(before: Any, now: Any) -> bool:
 
 
 def execute(run: Run, launcher: Sequence[str], after_epoch: Callable[[str], object]) -> None:
-    """Train, or go on from the run's last checkpoint. Its output goes to log.txt. Raises RunError where it fails.
+    """Train, or go on from the run's last checkpoint. Its output goes to log.txt.
+
+    Raises RunError where it fails, which failure.txt keeps for the results until it is tried again.
 
     after_epoch: called with the line that rank 0 prints at the end of an epoch.
     """
@@ -180,12 +189,14 @@ def execute(run: Run, launcher: Sequence[str], after_epoch: Callable[[str], obje
         if run.is_complete:  # made by another process meanwhile
             return check_folder(run)
         words = [*command(run, launcher), *["--resume"] * prepare(run)]
+        (run.folder / FAILURE_FILE).unlink(missing_ok=True)
         with log_file.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"$ {shlex.join(words)}\n")
             code = follow(words, lock, log, after_epoch)
     if code != 0:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
         lines = log_file.read_text(encoding="utf-8").splitlines()[-_SHOWN_LINES:]
+        write_atomically(run.folder / FAILURE_FILE, "\n".join([how, *lines]) + "\n")
         raise RunError("\n  ".join([f"{run.name}: {how}; {log_file} ends:", *lines]))
     if not run.is_complete:
         raise RunError(f"{run.name}: ended without {SUMMARY_FILE}; see {log_file}")
