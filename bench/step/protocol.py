@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import jointspar as js
-from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op
 from jointspar.comm.process import ProcessTransport
@@ -68,11 +67,11 @@ def protocol_of(optimizer: js.JointSparLARS) -> Callable[[int], None]:
     )
 
     def protocol(step: int) -> None:
-        agreement.post_plan(step, pipeline.active, stable_hash([pipeline.drawn]))
+        agreement.post_plan(step, pipeline.active, [pipeline.drawn])
         agreement.wait_plan()
-        hyper_hash = stable_hash([optimizer._hyper.agreed(), None, pipeline.backward.updatable, "ring"])
+        agreed = [optimizer._hyper.agreed(), None, pipeline.backward.updatable, "ring"]
         values = np.append(np.zeros(num_layers), 0.0)
-        agreement.go(Op.EXCHANGE, step=step, count=1, dtype=torch.float32, hyper_hash=hyper_hash, values=values)
+        agreement.go(Op.EXCHANGE, step=step, count=1, dtype=torch.float32, agreed=agreed, values=values)
 
     return protocol
 

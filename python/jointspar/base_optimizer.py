@@ -72,7 +72,6 @@ class JointSparOptimizer(torch.optim.Optimizer):
         self._is_built = True
         self._parameters = layers.parameters
         self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
-        self._hyper.check()
         self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged: Exchanged | None = None
@@ -241,15 +240,15 @@ class JointSparOptimizer(torch.optim.Optimizer):
         """
         is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
         _check_kind("batches", batches, "something to iterate over", is_iterable)
-        agreement, iterator = self._pipeline.agreement, iter(batches)
+        iterator = iter(batches)
         following = next(iterator, _NO_BATCH)
-        agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
+        self._pipeline.agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
         self.meet(Op.BATCHES)
-        while not agreement.is_wished(Wish.LAST_BATCH):
+        while not self._pipeline.agreement.is_wished(Wish.LAST_BATCH):  # another one after shrink()
             if following is _NO_BATCH:
                 raise JointSparError("even_batches: no step() followed this rank's last batch")
             batch, following = following, next(iterator, _NO_BATCH)
-            agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
+            self._pipeline.agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
             yield batch
 
     def request_stop(self) -> None:
@@ -270,7 +269,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         """Wait for all ranks to come to `op` in this step. Raises DesyncError where one does something else."""
         if self._exchanged is not None:
             raise JointSparError(f"{op.name.lower()}: not between synchronize() and step()")
-        self._pipeline.agreement.go(op, step=self._pipeline.step_count, hyper_hash=detail)
+        self._pipeline.agreement.go(op, step=self._pipeline.step_count, agreed=detail)
 
     def finish(self) -> None:
         """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
@@ -305,6 +304,10 @@ class JointSparOptimizer(torch.optim.Optimizer):
             self._pipeline, self._make_pipeline, self._parameters, self._momenta, self._update_type
         )
         return self._pipeline.step_count
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuses copy.deepcopy and pickle: a copy would meet no other rank's."""
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: use state_dict() or js.checkpoint.save")
 
     # State -------------------------------------------------------------------------------------------------------
 

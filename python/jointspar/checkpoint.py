@@ -31,7 +31,12 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 _SHARED = "shared.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 26  # twice what `save` lets the user add
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of content whose digests are right
+
+
+class _Refused(CheckpointError):
+    """A checkpoint that may well be sound, but that this job cannot read or continue: it stays the newest."""
 
 
 def save(
@@ -52,11 +57,14 @@ def save(
 
     Returns: the checkpoint's folder.
     Raises: DesyncError where another rank does something else, OSError where the folder cannot be written, TypeError
-    for `extra` or scheduler state that JSON cannot hold, ValueError for more than 32 MiB of it, CheckpointError where
-    the folder holds later steps.
+    for `extra` or scheduler state that JSON cannot hold or a model's state that is no tensor, ValueError for more than
+    32 MiB of JSON, CheckpointError where the folder holds later steps.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not at least 1")
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"model: {name!r} of its state is a {type(value).__name__}: only tensors can be saved")
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
@@ -92,7 +100,8 @@ def load(
 ) -> dict[str, Any]:
     """Continue from the newest sound checkpoint in `directory`. Collective.
 
-    A damaged checkpoint is passed over with a warning for the one before it, and renamed `unusable-...`. Another world
+    A damaged checkpoint is passed over with a warning for the one before it, and renamed `unusable-...`; one of a later
+    version, or that cannot be read at the moment (permissions, a file system that is away), is refused. Another world
     size is refused with strategy="independent", whose probabilities are each rank's own, and with an exchange whose
     state is; otherwise rank 0's buffers, probabilities and random state go to every rank.
 
@@ -114,6 +123,8 @@ def load(
         momenta = {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()}
         groups, extra = from_json(manifest["param_groups"]), dict(from_json(manifest["extra"]))
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
+        if manifest["world_size"] != optimizer.comm.world_size:
+            state["jointspar"]["lesson"] = {}  # what lag=1 has still to learn is of as many ranks
         optimizer.check_state_dict(state)
         torch.Generator().set_state(own["random_state"])
         if "device_random_state" in own and own["device_random_state"].dtype != torch.uint8:
@@ -156,6 +167,8 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
                 folder,
                 *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.is_rank_local),
             )
+        except _Refused:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
             passed.append(folder)
@@ -177,14 +190,14 @@ def _read(
         check_plain(folder / _MANIFEST, _MAX_MANIFEST_BYTES)
         content = (folder / _MANIFEST).read_bytes()
         manifest = json.loads(content)
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
         if content != _sealed(manifest):
             raise CheckpointError(f"{folder / _MANIFEST}: is damaged (its digest differs)")
+        if manifest["format"] != FORMAT:
+            raise _Refused(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
         _check_names(folder, manifest)
         if manifest["world_size"] != world_size:
             if is_rank_local:
-                raise CheckpointError(
+                raise _Refused(
                     f"{folder}: was saved by {manifest['world_size']} ranks, this job has {world_size}; "
                     'with strategy="independent", or an exchange that remembers, each rank has a state of its own, '
                     "so start as many"
@@ -195,8 +208,12 @@ def _read(
                 raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
         shared = safetensors.torch.load_file(folder / _SHARED)
         return manifest, shared, safetensors.torch.load_file(folder / _rank_file(rank))
-    except (OSError, safetensors.SafetensorError, *_MALFORMED) as error:
+    except CheckpointError:
+        raise
+    except (*_ABSENT, safetensors.SafetensorError, *_MALFORMED) as error:
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        raise _Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
 
 
 def _check_names(folder: Path, manifest: dict[str, Any]) -> None:

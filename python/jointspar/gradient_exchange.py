@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
@@ -95,7 +94,7 @@ class GradientExchange:
                 step=self._step,
                 count=total.layout.total,
                 dtype=total.packed.dtype,
-                hyper_hash=stable_hash([*hyper_agreed, self._backward.updatable, total.exchange_name]),
+                agreed=[*hyper_agreed, self._backward.updatable, total.exchange_name],
                 values=np.append(values, found_inf),
                 wish=Wish.EXCHANGE_ANEW if early is None else Wish(0),
             )
@@ -159,7 +158,7 @@ class GradientExchange:
             step=self._step,
             count=total.layout.total,
             dtype=total.packed.dtype,
-            hyper_hash=stable_hash([self._updatable_early, total.exchange_name]),
+            agreed=[self._updatable_early, total.exchange_name],
         )
 
     def _go(self, op: Op, **named: Any) -> np.ndarray:

@@ -23,12 +23,13 @@ class JointSparLARS(JointSparOptimizer):
     `step(max_norm=...)`: `clip_grad_norm_` before the step clips this rank's gradient only.
 
     Collective: every rank builds it with the same arguments; rank 0's weights go to all ranks. Toggles
-    requires_grad of the parameters until `release()`. Kernels write parameters in place.
+    requires_grad of the parameters until `release()`; a copy of the model that is made meanwhile has the flags of that
+    moment. Kernels write parameters in place.
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.
             float32, float64, bfloat16 or float16, all on the CPU or on one CUDA device; momentum is kept in float32
-            (float64 for float64).
+            (float64 for float64), also for frozen parameters: leave out those that stay frozen.
         lr, momentum, weight_decay, trust_coefficient, eps, nesterov: see `jointspar.ops.lars_update`; all but
             nesterov may differ by group.
         adapt_vectors: also adapt and decay tensors of one dimension (biases, normalisation); per group.

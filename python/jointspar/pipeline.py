@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -99,7 +100,7 @@ class Pipeline:
         grad_scale: what the gradients were multiplied by (GradScaler). found_inf: not 0 skips the step on all ranks.
         is_looked_at: the user sees the mean gradient before the update.
         """
-        hyper.check()
+        hyper.refresh()
         exchanged = self.exchange.run(
             self._lesson, [hyper.agreed(), max_norm], grad_scale=grad_scale, found_inf=found_inf
         )
@@ -113,10 +114,9 @@ class Pipeline:
         if exchanged.is_finite:
             exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)
         values = np.append(np.zeros(self.layers.num_layers), float(not exchanged.has_finite_norms()))
-        hyper.check()
-        gathered = self.agreement.go(
-            Op.UPDATE, step=self.step_count, hyper_hash=stable_hash(hyper.agreed()), values=values
-        )
+        hyper.refresh()
+        with self._counting_bytes():
+            gathered = self.agreement.go(Op.UPDATE, step=self.step_count, agreed=hyper.agreed(), values=values)
         exchanged.is_finite = not gathered[:, -1].any()
 
     def apply(self, exchanged: Exchanged, update: LarsUpdate | SgdUpdate, hyper: HyperParameters) -> None:
@@ -153,6 +153,7 @@ class Pipeline:
         eligible = self.distribution.eligible
         active_fraction = float(self.active[eligible].mean()) if eligible.any() else 1.0
         flops_skipped = None if self.flops is None else int(self.flops[eligible & ~self.active].sum())
+        self._follow_frozen()
         lesson = self._lesson if self.sampling.lag else exchanged.lesson
         is_applied = lesson is None or lesson.was_applied()
         if lesson is not None and is_applied:
@@ -164,16 +165,14 @@ class Pipeline:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise JointSparError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite gradients")
         if self._check_every and self.step_count % self._check_every == 0 and self.comm.world_size > 1:
-            with self.stats.phase("check"):
+            with self.stats.phase("check"), self._counting_bytes():
                 self._check_weights()
         self.draw_next()
         self.stats.add_step(active_fraction=active_fraction, skipped=not is_applied, flops_skipped=flops_skipped)
 
     def draw_next(self) -> None:
         """Stages 1 and 2 of the coming iteration; its plan travels during the next forward."""
-        eligible = self._eligible_layers()
-        if (eligible != self.distribution.eligible).any():
-            self.distribution.set_eligible(eligible)
+        self._follow_frozen()
         with self.stats.phase("sample"):
             self.drawn = probabilities_to_draw(self.distribution.probabilities, self.sampling, self.step_count)
             self.active = draw_layers(
@@ -187,9 +186,8 @@ class Pipeline:
             self.backward.activate(self.layers.wanted_parameters(self.active))
         self.exchange.start(self.step_count, self.active, self.drawn)
         alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}
-        sent_before = self.comm.bytes_sent
-        self.agreement.post_plan(self.step_count, self.active, stable_hash(alike[self.sampling.strategy]))
-        self.stats.sent_bytes += self.comm.bytes_sent - sent_before
+        with self._counting_bytes():
+            self.agreement.post_plan(self.step_count, self.active, alike[self.sampling.strategy])
 
     @property
     def is_rank_local(self) -> bool:
@@ -235,8 +233,21 @@ class Pipeline:
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
         self.chooser.load_state_dict(state["exchange"])
-        self.agreement.go(Op.LOAD, step=self.step_count, hyper_hash=stable_hash([self.chooser.agreed(), *also_agreed]))
+        self.agreement.go(Op.LOAD, step=self.step_count, agreed=[self.chooser.agreed(), *also_agreed])
         self.draw_next()
+
+    def _follow_frozen(self) -> None:
+        """Take layers that the user froze out of the distribution, and thawed ones in."""
+        eligible = self._eligible_layers()
+        if (eligible != self.distribution.eligible).any():
+            self.distribution.set_eligible(eligible)
+
+    @contextmanager
+    def _counting_bytes(self) -> Iterator[None]:
+        """Headers beside those of the exchange."""
+        sent_before = self.comm.bytes_sent
+        yield
+        self.stats.sent_bytes += self.comm.bytes_sent - sent_before
 
     def _check_weights(self) -> None:
         """Raises DesyncError on all ranks where a layer's weights are not the same bits on all of them."""

@@ -51,7 +51,7 @@ def average(values: torch.Tensor, comm: Transport, *, what: str, detail: int = 0
     mean = values.clone()
     if comm.world_size > 1:
         agreement = current_agreement(comm)
-        agreement.go(Op.AVERAGE, step=agreement.step, count=mean.numel(), dtype=mean.dtype, hyper_hash=detail)
+        agreement.go(Op.AVERAGE, step=agreement.step, count=mean.numel(), dtype=mean.dtype, agreed=detail)
         comm.allreduce(mean, what=what)
         mean /= comm.world_size
     return mean

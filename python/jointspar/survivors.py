@@ -37,6 +37,7 @@ def go_on_without(
         raise JointSparError("an exchange of your own may hold state of the ranks that died: start from a checkpoint")
     state = before.state_dict() | {"lesson": {}, "exchange": {}}  # of another number of ranks
     after = make_pipeline(_shrunk(before.comm))
+    after.agreement.take_over_wishes(before.agreement)
     rows = after.comm.start_headers(np.array([before.step_count]), what="the steps of the ranks that are left").wait()
     root = int(rows.argmax())
     is_own = after.sampling.strategy == "independent"
@@ -56,6 +57,8 @@ def _shrunk(transport: Transport) -> Transport:
         latest = latest.successor
     if not hasattr(latest, "shrink"):
         raise JointSparError(f"{latest.name} cannot go on without the ranks that died: use js.comm.mpi")
+    if latest is not transport and latest.is_usable:  # another optimizer on this transport has shrunk it
+        return latest
     return latest.shrink()
 
 

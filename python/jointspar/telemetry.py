@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +52,23 @@ class Stats:
         self.total_sent_bytes += self.sent_bytes
         self.total_dense_bytes += self.dense_bytes
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of the step that is under way."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phase_ms[name] = self.phase_ms.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+    def phase(self, name: str) -> Phase:
+        """Time a phase of the step that is under way, in a with block."""
+        return Phase(self.phase_ms, name)
+
+
+class Phase:
+    """Adds the milliseconds of a with block to an entry."""
+
+    def __init__(self, phase_ms: dict[str, float], name: str) -> None:
+        self._phase_ms, self._name = phase_ms, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = (time.perf_counter() - self._start) * 1e3
+        self._phase_ms[self._name] = self._phase_ms.get(self._name, 0.0) + elapsed
 
 
 def weight_grad_flops(model: torch.nn.Module, layers: Sequence[Sequence[torch.Tensor]], *inputs: Any) -> np.ndarray:

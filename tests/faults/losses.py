@@ -100,6 +100,32 @@ def use_what_is_left():
     print("DONE", flush=True)
 
 
+def share_what_is_left():
+    """Two optimizers on one transport, as for a GAN: whichever shrinks first, both go on, with what was wished."""
+    comm, meeting = js.comm.mpi(on_failure="shrink"), js.comm.mpi(on_failure="shrink")
+    models = [build_model(), build_model()]
+    both = [build_optimizer(model, comm=comm) for model in models]
+    steps = 0
+    for number in both[0].even_batches(range(8 + comm.rank)):
+        if number == 3:  # though nobody died, and every rank has ended its step
+            meeting.start_headers(np.zeros(1, dtype=np.int64), what="all are here").wait()
+            if comm.rank == 0:
+                both[0].request_stop()
+            order = both if comm.world_size % 2 else both[::-1]
+            assert [optimizer.shrink() for optimizer in order] == [3, 3]
+            assert both[0].comm is both[1].comm and not both[0].comm.is_closed
+        for model, optimizer in zip(models, both, strict=True):
+            optimizer.zero_grad()
+            backward(model, comm.rank, number)
+            optimizer.step()
+        steps += 1
+        assert both[0].stop_requested == (number >= 3)
+    assert steps == 8
+    for optimizer in both:
+        optimizer.finish()
+    print("DONE", flush=True)
+
+
 def raise_on_one_rank():
     comm = js.comm.mpi(on_failure="shrink")
     comm.allreduce(torch.ones(3), what="step 1")

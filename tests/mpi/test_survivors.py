@@ -48,6 +48,12 @@ def test_a_transport_is_shrunk_where_it_was_made_for_that(run_mortals):
     assert job.output.count("DONE") == 2 and job.code == 0, job.output
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_two_optimizers_on_a_transport_that_shrinks_both_go_on(run_mortals, num_ranks):
+    job = run_mortals(num_ranks, "share_what_is_left")
+    assert job.output.count("DONE") == num_ranks and job.code == 0, job.output
+
+
 def test_an_exception_still_ends_the_whole_job(run_mortals):
     job = run_mortals(2, "raise_on_one_rank")
     assert job.code not in (0, None) and "ZeroDivisionError: the fault" in job.output, job.output

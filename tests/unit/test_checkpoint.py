@@ -31,8 +31,9 @@ def train(model, optimizer, scheduler, steps):
         scheduler.step()
 
 
-def everything(model, optimizer):
+def everything(model, optimizer, left_out=None):
     state = optimizer.state_dict()
+    state["jointspar"].pop(left_out, None)
     tensors = [*model.state_dict().values(), *(entry["momentum_buffer"] for entry in state["state"].values())]
     return [tensor.clone() for tensor in tensors], str(state["param_groups"]), str(state["jointspar"])
 
@@ -282,7 +283,7 @@ def test_another_number_of_ranks_goes_on_from_what_rank_0_had(tmp_path, strategy
             generator = torch.Generator().manual_seed(10 * step + optimizer.comm.rank)
             model(torch.randn(6, 3, generator=generator)).square().sum().backward()
             optimizer.step()
-        return everything(model, optimizer)
+        return everything(model, optimizer, "lesson")
 
     def first(_):
         run = build()
@@ -293,7 +294,10 @@ def test_another_number_of_ranks_goes_on_from_what_rank_0_had(tmp_path, strategy
     def second(_):
         run = build()
         assert js.checkpoint.load(tmp_path, model=run[0], optimizer=run[1]) == {"ranks": saved_by}
-        return everything(*run), go_on(*run, 4)
+        loaded, probabilities = everything(*run, "lesson"), run[1].probabilities
+        go_on(*run, 1)  # with lag=1 it would learn what the other number of ranks left to be learned
+        assert torch.equal(run[1].probabilities, probabilities)
+        return loaded, go_on(*run, 3)
 
     saved = js.comm.run_simulated(saved_by, first)[0]
     loaded = js.comm.run_simulated(loaded_by, second)
@@ -314,5 +318,52 @@ def test_another_number_of_ranks_is_refused_where_each_has_probabilities_of_its_
             js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
 
     js.comm.run_simulated(2, run)
-    with pytest.warns(UserWarning, match="passing over"):
-        js.comm.run_simulated(3, run)
+    js.comm.run_simulated(3, run)
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_a_checkpoint_that_cannot_be_read_for_now_stays_the_newest(tmp_path, monkeypatch, error):
+    model, optimizer, scheduler = make()
+    for steps in (1, 2):
+        train(model, optimizer, scheduler, steps)
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    newest = everything(model, optimizer)
+
+    def refuse(path):
+        raise error("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(js.checkpoint, "sha256", refuse)
+        with pytest.raises(CheckpointError, match="step-00000003: cannot be read now"):
+            js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    assert folder.is_dir()
+    other = make(seed=3)
+    js.checkpoint.load(tmp_path, model=other[0], optimizer=other[1])
+    assert_equal(newest, everything(other[0], other[1]))
+
+
+def test_a_checkpoint_of_a_later_format_stays_the_newest(tmp_path, monkeypatch):
+    model, optimizer, scheduler = make()
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    train(model, optimizer, scheduler, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(js.checkpoint, "FORMAT", 2)
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    with pytest.raises(CheckpointError, match="has format 2, this version reads 1"):
+        js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    assert folder.is_dir()
+
+
+def test_a_model_whose_state_is_no_tensor_is_refused_before_anything_is_written(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Odd(3, 2)
+    optimizer = js.JointSparLARS(model.named_parameters())
+    with pytest.raises(TypeError, match="_extra_state"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    assert list(tmp_path.iterdir()) == []

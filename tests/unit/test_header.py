@@ -109,7 +109,7 @@ def test_plans_bring_every_rank_the_active_layers_of_all(world_size, num_layers)
 
     def program(transport):
         agreed = agreement(transport, num_layers=num_layers)
-        agreed.post_plan(7, active[transport.rank], shared_hash=99)
+        agreed.post_plan(7, active[transport.rank], shared=99)
         plan = agreed.wait_plan()
         assert plan.dtype == bool
         return plan
@@ -190,7 +190,7 @@ def test_a_plan_of_another_step_or_other_probabilities_is_refused_on_all_ranks()
 
     def other_probabilities(transport):
         agreed = agreement(transport)
-        agreed.post_plan(4, np.zeros(3, dtype=bool), shared_hash=1 + transport.rank // 2)
+        agreed.post_plan(4, np.zeros(3, dtype=bool), shared=1 + transport.rank // 2)
         agreed.wait_plan()
 
     assert all("rank 0: step 4 plan; rank 1: step 5 plan" in message for message in failures(2, other_step))
@@ -204,7 +204,7 @@ def test_a_plan_of_another_step_or_other_probabilities_is_refused_on_all_ranks()
         ({"count": 11}, "step 5 exchange: the numbers of elements differ: rank 1 against rank 0"),
         ({"dtype": torch.bfloat16}, "step 5 exchange: the dtypes differ"),
         (
-            {"hyper_hash": 1},
+            {"agreed": 1},
             "step 5 exchange: the chosen exchange, learning rates, other hyperparameters, or which parameters are",
         ),
         ({"step": 6}, "rank 0: step 5 exchange; rank 1: step 6 exchange"),
@@ -213,7 +213,7 @@ def test_a_plan_of_another_step_or_other_probabilities_is_refused_on_all_ranks()
 )
 def test_a_go_that_differs_is_refused_on_all_ranks(changed, text):
     def program(transport):
-        arguments = {"op": Op.EXCHANGE, "step": 5, "count": 10, "dtype": torch.float32, "hyper_hash": 0}
+        arguments = {"op": Op.EXCHANGE, "step": 5, "count": 10, "dtype": torch.float32, "agreed": 0}
         agreement(transport).go(**(arguments | only_on(1, transport, changed, {})))
 
     assert all(text in message for message in failures(2, program))

@@ -70,7 +70,7 @@ def sampling_cases() -> Iterator[Case]:
     tables: dict[str, dict[str, Any]] = {
         "budget": {**numbers, "zero": 0, "zero_share": 0.0, "above_1": 1.5, "above_layers": 3},
         "p_min": {name: value for name, value in numbers.items() if name != "none"} | {"zero": 0.0, "above_1": 1.1},
-        "bandit_lr": numbers,
+        "bandit_lr": {name: value for name, value in numbers.items() if name != "none"},
         "strategy": NO_NAME, "draw": NO_NAME, "distribution": NO_NAME, "grouping": NO_NAME,
         "shift": NO_FLAG, "lag": NO_COUNT | {"two": 2}, "dense_steps": NO_COUNT, "seed": seeds,
     }  # fmt: skip

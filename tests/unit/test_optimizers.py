@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import warnings
 
 import numpy as np
@@ -457,6 +458,24 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_whole(value):
     assert optimizer.stats.skipped_steps == 1
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
+@pytest.mark.parametrize("values", [("nan", "inf"), ("inf", "nan"), ("inf", "1"), ("nan", "1")])
+def test_a_clipped_step_with_a_non_finite_gradient_is_skipped_whole(kind, lag, values):
+    model = make_model()
+    optimizer = kind(model.named_parameters(), sampling=js.Sampling(budget=1.0, lag=lag))
+    train(model, optimizer, 3)
+    before = weights(model).clone()
+    optimizer.zero_grad()
+    backward(model, next(batches(1)))
+    for parameter, value in zip((model[0].weight, model[6].weight), values, strict=True):
+        parameter.grad.view(-1)[0] = float(value)
+    optimizer.step(max_norm=0.1)
+    assert torch.equal(weights(model), before)
+    train(model, optimizer, 1)
+    assert optimizer.stats.skipped_steps == 1 and not torch.equal(weights(model), before)
+
+
 def test_fifty_skipped_steps_in_a_row_are_an_error():
     model = nn.Linear(2, 2)
     optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL)
@@ -557,6 +576,89 @@ def test_freezing_and_thawing_in_mid_training_is_honoured():
     assert abs(optimizer.probabilities.sum().item() - 2.0) < 1e-9
     with pytest.raises(ValueError, match="parameters"):
         optimizer.set_trainable([torch.zeros(2)], True)
+
+
+def test_flags_that_are_set_on_inactive_layers_warn_once():
+    """As a GAN does it: its discriminator frozen for the generator's turn, and thawed for its own."""
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1))
+
+    def take_turns():
+        for batch in batches(4):
+            model.requires_grad_(False)
+            model.requires_grad_(True)
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="inactive in this step.*set_trainable") as caught:
+        take_turns()
+    assert len(caught) == 1
+    model.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.release()
+
+
+@pytest.mark.parametrize("distribution", ["norm", "bandit"])
+def test_a_layer_frozen_in_mid_step_teaches_nothing(distribution):
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(distribution=distribution, budget=1.0))
+    train(model, optimizer, 3)
+    optimizer.zero_grad()
+    backward(model, next(batches(1)))
+    known = optimizer.state_dict()["jointspar"]["distribution"]["norm_ema"][1].clone()
+    optimizer.set_trainable(model[3].parameters(), False)
+    optimizer.step()
+    assert optimizer.state_dict()["jointspar"]["distribution"]["norm_ema"][1] == known
+
+
+def test_parameters_that_share_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(ValueError, match=r"'0\.weight' and '1\.weight' share memory"):
+        js.JointSparLARS(model.named_parameters())
+    flat = torch.zeros(20)
+    js.JointSparLARS([nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:].view(2, 4)), nn.Parameter(flat[:0])])
+
+
+def test_copies_are_refused():
+    optimizer = js.JointSparLARS(make_model().named_parameters())
+    for copy_of in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            copy_of(optimizer)
+
+
+def test_parameter_groups_stay_as_they_were_given():
+    """Also empty ones, since schedulers take a rate for each."""
+    model = make_model()
+    groups = [{"params": list(model[0].parameters()), "lr": 0.1}, {"params": []}]
+    groups.append({"params": list(model[6].parameters())})
+    optimizer = js.JointSparLARS(groups, lr=0.3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0, 2]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 2.0, lambda _: 3.0])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.6, 0.9])
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert scheduler.get_last_lr() == pytest.approx([0.1, 0.6, 0.9])
+
+
+def test_compiled_blocks_train_as_plain_ones():
+    """Each is compiled once for each set of its layers that is active."""
+    models = [nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5))) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    torch._dynamo.reset()
+    for block in models[1]:
+        block.forward = torch.compile(block.forward, backend="eager")
+    optimizers = [js.JointSparLARS(model.named_parameters(), lr=0.1) for model in models]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in range(12):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                generator = torch.Generator().manual_seed(step)
+                model(torch.randn(4, 6, generator=generator)).square().mean().backward()
+                optimizer.step()
+    assert torch.equal(weights(models[0]), weights(models[1]))
 
 
 def test_tied_weights_are_one_layer_and_train():
@@ -674,6 +776,23 @@ def test_skipped_weight_gradient_flops_are_counted():
         optimizer.step()
         assert optimizer.stats.weight_grad_flops_skipped == by_hand[idle]
     assert optimizer.stats.total_weight_grad_flops_skipped == total
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "ring", "two_shot"])
+def test_all_that_is_sent_is_counted(exchange):
+    def run(_):
+        model = make_model()
+        optimizer = js.JointSparLARS(model.named_parameters(), exchange=exchange, check_every=2)
+        before = optimizer.comm.bytes_sent
+        for batch in batches(4):
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.synchronize()
+            optimizer.step()
+        return optimizer.stats.total_sent_bytes, optimizer.comm.bytes_sent - before
+
+    for counted, sent in js.comm.run_simulated(3, run):
+        assert counted == sent > 0
 
 
 def test_parameters_cannot_be_added_later():

@@ -10,15 +10,23 @@ from jointspar.step.update import HyperParameters, LarsUpdate, clip_packed, slic
 def test_hyperparameters_follow_their_groups():
     parameters = [torch.zeros(2, 2), torch.zeros(2), torch.zeros(3, 3)]
     groups = [
-        {"params": [parameters[2], parameters[0]], "lr": 0.1, "adapt_vectors": False},
-        {"params": [parameters[1]], "lr": 0.2, "adapt_vectors": False},
+        {
+            "params": [parameters[2], parameters[0]],
+            "lr": 0.1,
+            "momentum": 0.9,
+            "adapt_vectors": False,
+            "nesterov": True,
+        },
+        {"params": [parameters[1]], "lr": 0.2, "momentum": 0.8, "adapt_vectors": False, "nesterov": True},
     ]
-    hyper = HyperParameters(groups, parameters, ("lr",))
-    assert hyper.read(np.array([0, 1, 2]))["lr"].tolist() == [0.1, 0.2, 0.1]
+    hyper = HyperParameters(groups, parameters, ("lr", "momentum"))
+    assert hyper.rows(np.array([0, 1, 2])).tolist() == [[0.1, 0.9], [0.2, 0.8], [0.1, 0.9]]
     assert hyper.treated_as_vectors(np.array([0, 1, 2])).tolist() == [False, True, False]
     groups[0]["lr"] = torch.tensor(0.5, dtype=torch.float64)
-    assert hyper.read(np.array([2, 1]))["lr"].tolist() == [0.5, 0.2]
     groups[1]["adapt_vectors"] = True
+    assert hyper.rows(np.array([2])).tolist() == [[0.1, 0.9]] and hyper.treated_as_vectors(np.array([1])).all()
+    hyper.refresh()
+    assert hyper.rows(np.array([2, 1])).tolist() == [[0.5, 0.9], [0.2, 0.8]]
     assert not hyper.treated_as_vectors(np.array([1])).any()
 
 

@@ -106,10 +106,10 @@ class Agreement:
         """The step of the last posted plan."""
         return self._step
 
-    def post_plan(self, step: int, active: np.ndarray, shared_hash: int | None = None) -> None:
+    def post_plan(self, step: int, active: np.ndarray, shared: object = None) -> None:
         """Start telling the others which layers this rank computes in `step`; returns at once.
 
-        active: bool [num_layers]. shared_hash: of the probabilities and the draw, where they are the same on all ranks.
+        active: bool [num_layers]. shared: the probabilities and the draw, where they are the same on all ranks.
         A plan that nobody asked for is replaced: after a load another step is planned.
         """
         self._check_open()
@@ -121,7 +121,7 @@ class Agreement:
         if self._transport.world_size == 1:
             self._plan = active[None].copy()
             return
-        words = self._words(Op.PLAN, step, shared_hash or 0)
+        words = self._words(Op.PLAN, step, shared)
         bits = np.packbits(active, bitorder="little")
         words[NUM_FIXED:].view(np.uint8)[: bits.size] = bits
         self._pending_plan = self._transport.start_headers(words, what=describe(Op.PLAN, step))
@@ -144,15 +144,16 @@ class Agreement:
         step: int,
         count: int = 0,
         dtype: torch.dtype | None = None,
-        hyper_hash: int = 0,
+        agreed: object = None,
         values: np.ndarray | None = None,
         wish: Wish = Wish(0),  # noqa: B008
     ) -> np.ndarray:
         """Meet all ranks before `op`; returns everybody's values, float64 [world_size, num_values].
 
-        count, dtype: elements of the payload. hyper_hash: of the learning rates and what else may change between steps.
+        count, dtype: elements of the payload. agreed: learning rates and what else may change between steps, compared
+        by its `stable_hash`.
         values: float64 [num_values] of this rank, not compared; zeros when None. wish: for this time only.
-        Raises DesyncError on every rank when op, step, count, dtype or hyper_hash differ.
+        Raises DesyncError on every rank when op, step, count, dtype or agreed differ.
         """
         self._check_open()
         own_wishes = reduce(or_, tuple(self._own_wishes), wish)
@@ -163,7 +164,7 @@ class Agreement:
         if self._transport.world_size == 1:
             self._agreed_wishes = own_wishes
             return own[None].copy()
-        words = self._words(op, step, hyper_hash)
+        words = self._words(op, step, agreed)
         words[_WISHES] = own_wishes
         words[_COUNT] = count
         words[_DTYPE] = _DTYPES.index(dtype)
@@ -198,6 +199,10 @@ class Agreement:
         else:
             self._own_wishes.discard(wish)
 
+    def take_over_wishes(self, before: Agreement) -> None:
+        """Go on wishing what this rank wished of other ranks, of whom some are lost."""
+        self._own_wishes = before._own_wishes
+
     def is_wished(self, wish: Wish) -> bool:
         """Whether any rank wished it at the last go; the same on all ranks."""
         return wish in self._agreed_wishes
@@ -209,9 +214,9 @@ class Agreement:
         self.go(Op.FINISH, step=self._step)
         self._close()
 
-    def _words(self, op: Op, step: int, value_hash: int) -> np.ndarray:
+    def _words(self, op: Op, step: int, compared: object) -> np.ndarray:
         words = new_header(self._transport, self._serial, op, step)
-        words[[_LAYOUT, _SETTINGS, _HASH]] = self._layout_hash, self._settings_hash, value_hash
+        words[_LAYOUT], words[_SETTINGS], words[_HASH] = self._layout_hash, self._settings_hash, stable_hash(compared)
         return words
 
     def _complete_plan(self) -> None:

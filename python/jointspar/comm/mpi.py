@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -163,6 +162,8 @@ class MpiTransport(ProcessTransport):
         if self.is_closed:
             return
         self._check_usable("close")
+        for pending in self._unfinished():  # a plan that no step asked for: every rank has posted it
+            pending.wait()
         self._mark_closed()
         self._headers.Free()
         self._payload.Free()
@@ -192,11 +193,24 @@ class MpiTransport(ProcessTransport):
     def _drop_requests(self) -> None:
         """What is under way on revoked communicators ends with errors, once it is looked at; MPI would wait at exit."""
         until = time.monotonic() + _DROP_SECONDS
-        for pending in [pending for pending in _in_flight if pending._transport is self]:
-            for request in pending._requests:
-                with suppress(self._mpi.Exception):
-                    while not request.Test() and time.monotonic() < until:
-                        time.sleep(_LONGEST_SLEEP)
+        for pending in self._unfinished():
+            have_ended = [self._has_ended(request, until) for request in pending._requests]
+            if all(have_ended):
+                _in_flight.discard(pending)
+
+    def _unfinished(self) -> list[_Pending]:
+        return [pending for pending in _in_flight if pending._transport is self]
+
+    def _has_ended(self, request: Any, until: float) -> bool:
+        """Whether MPI touches the request's memory no more; waits for that for a while."""
+        try:
+            while not request.Test():
+                if time.monotonic() > until:
+                    return False
+                time.sleep(_LONGEST_SLEEP)
+        except self._mpi.Exception:
+            pass  # it ended so
+        return True
 
     def _revoke(self) -> None:
         for communicator in (getattr(self, "_headers", None), getattr(self, "_payload", None)):

@@ -39,6 +39,11 @@ class CheckedTransport:
     def is_closed(self) -> bool:
         return self._is_closed or self._is_shut_down()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing has failed on it and nobody closed it, as far as this rank knows."""
+        return self._failure is None and not self._is_shut_down()
+
     def lend(self, thread: int | None, give_back: Callable[[], None] | None = None) -> None:
         assert give_back is None or self._give_back is None
         self._borrower, self._give_back = thread, give_back

@@ -76,19 +76,47 @@ def lars_update(
          ("trust_coefficient", trust_coefficient), ("eps", eps))
     ):  # fmt: skip
         hyper[:, column] = per_tensor(name, value, num_tensors)
-    is_adapted = _default_adapt(params) if adapt is None else flags("adapt", adapt, num_tensors)
+    return lars_update_rows(
+        params,
+        momenta,
+        _update_grads(params, momenta, grads, layout),
+        hyper=hyper,
+        nesterov=flag("nesterov", nesterov),
+        adapt=_default_adapt(params) if adapt is None else flags("adapt", adapt, num_tensors),
+        param_norms=param_norms,
+        grad_norms=grad_norms,
+        skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
+    )
+
+
+def lars_update_rows(
+    params: list[Array],
+    momenta: list[Array],
+    grads: list[Array | None] | Array,
+    *,
+    hyper: np.ndarray,
+    nesterov: bool,
+    adapt: np.ndarray,
+    param_norms: Array | None,
+    grad_norms: Array | None,
+    skip_nonfinite: bool,
+) -> LarsNorms:
+    """`lars_update` for callers that have checked numbers and flags already.
+
+    hyper: float64 [num_tensors, 5]: lr, momentum, weight_decay, trust_coefficient, eps. adapt: bool [num_tensors].
+    """
     like_array = params[0] if params else None
     serving, place = serving_of(like_array)
     measured = serving.lars_update(
         params,
         momenta,
-        _update_grads(params, momenta, grads, layout),
+        grads,
         hyper=hyper,
-        adapt=is_adapted,
-        nesterov=flag("nesterov", nesterov),
-        param_norms=_known_norms("param_norms", param_norms, num_tensors, place),
-        grad_norms=_known_norms("grad_norms", grad_norms, num_tensors, place),
-        skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
+        adapt=adapt,
+        nesterov=nesterov,
+        param_norms=_known_norms("param_norms", param_norms, len(params), place),
+        grad_norms=_known_norms("grad_norms", grad_norms, len(params), place),
+        skip_nonfinite=skip_nonfinite,
     )
     increment_versions(params)
     return LarsNorms(like(like_array, measured[0]), like(like_array, measured[1]))
@@ -115,14 +143,32 @@ def sgd_update(
     hyper = np.empty((len(params), 3))
     for column, (name, value) in enumerate((("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))):
         hyper[:, column] = per_tensor(name, value, len(params))
-    like_array = params[0] if params else None
-    norms = serving_of(like_array)[0].sgd_update(
+    return sgd_update_rows(
         params,
         momenta,
         _update_grads(params, momenta, grads, layout),
         hyper=hyper,
         nesterov=flag("nesterov", nesterov),
         skip_nonfinite=flag("skip_nonfinite", skip_nonfinite),
+    )
+
+
+def sgd_update_rows(
+    params: list[Array],
+    momenta: list[Array],
+    grads: list[Array | None] | Array,
+    *,
+    hyper: np.ndarray,
+    nesterov: bool,
+    skip_nonfinite: bool,
+) -> Array:
+    """`sgd_update` for callers that have checked numbers and flags already.
+
+    hyper: float64 [num_tensors, 3]: lr, momentum, weight_decay.
+    """
+    like_array = params[0] if params else None
+    norms = serving_of(like_array)[0].sgd_update(
+        params, momenta, grads, hyper=hyper, nesterov=nesterov, skip_nonfinite=skip_nonfinite
     )
     increment_versions(params)
     return like(like_array, norms)

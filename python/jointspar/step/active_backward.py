@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ class ActiveBackward:
         self._is_reached = self.trainable.copy()  # whether the loss depends on it, as far as is known
         self._note: weakref.WeakMethod[Callable[[int], None]] | None = None
         self._watched: dict[int, RemovableHandle] = {}
+        self._has_warned = False
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
         for parameter in parameters:
@@ -70,6 +72,13 @@ class ActiveBackward:
         """The first half of `observe`, which may come before the last gradient."""
         found = np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
         changed = found != self._as_set
+        if not self._has_warned and (changed & found & self._trainable_before).any():
+            self._has_warned = True
+            warnings.warn(
+                "requires_grad was set on parameters of layers that are inactive in this step: what backward computes "
+                "for them is dropped, and no time saved. Freeze and thaw by optimizer.set_trainable",
+                stacklevel=2,
+            )
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
 
@@ -105,6 +114,7 @@ class ActiveBackward:
         """Give requires_grad back: as it was found, but for what the user changed since."""
         self._note = None
         _remove(self._watched)
+        self._has_warned = True  # of a step that will not come
         self.observe_flags()
         _give_back(self._parameters, self.trainable, self._as_set)
 

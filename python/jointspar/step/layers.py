@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,9 @@ class Layers:
 
     def wanted_parameters(self, active: np.ndarray) -> np.ndarray:
         """bool [..., num_parameters]: those of active layers (bool [..., num_layers]) and the always-active ones."""
-        always = np.ones((*active.shape[:-1], 1), dtype=bool)
-        return np.concatenate([active, always], axis=-1)[..., self.layer_of]
+        flags = np.ones((*active.shape[:-1], self.num_layers + 1), dtype=bool)  # the always-active ones have -1
+        flags[..., :-1] = active
+        return flags[..., self.layer_of]
 
     def with_any(self, flags: np.ndarray) -> np.ndarray:
         """bool [num_layers]: layers of which any parameter is flagged (bool [num_parameters])."""
@@ -100,7 +102,7 @@ def named_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[tupl
                 own.append((name, tensor))
         named += own
         group["params"] = [tensor for _, tensor in own]
-    return [group for group in groups if group["params"]], named
+    return groups, named
 
 
 def _ordered(params: Any) -> list[Any]:
@@ -165,7 +167,20 @@ def _clean_names(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[
         parameters.append(parameter)
         if parameter.device != parameters[0].device:
             raise ValueError(f"params: {name!r} is on {parameter.device}, but {names[0]!r} on {parameters[0].device}")
+    _check_that_none_overlap(names, parameters)
     return names, parameters
+
+
+def _check_that_none_overlap(names: Sequence[str], parameters: Sequence[torch.Tensor]) -> None:
+    """Two tensors in the same memory would be two layers, and be updated twice."""
+    starts = [parameter.data_ptr() for parameter in parameters]
+    ends = [start + tensor.numel() * tensor.element_size() for start, tensor in zip(starts, parameters, strict=True)]
+    order = [index for index in np.argsort(starts, kind="stable").tolist() if ends[index] > starts[index]]
+    for before, after in pairwise(order):
+        if ends[before] > starts[after]:
+            raise ValueError(
+                f"params: {names[before]!r} and {names[after]!r} share memory: tie them as one and the same parameter"
+            )
 
 
 def _check_parameter(name: str, parameter: torch.Tensor) -> None:

@@ -73,6 +73,9 @@ class Packer:
         computed: bool [world_size, num_parameters].
         """
         positions = np.flatnonzero(computed.any(axis=0))
+        if self._bucket_bytes is None and computed[:, positions].all():  # nothing to sort
+            whole = PackedLayout(positions, self._sizes[positions], computed[:, positions])
+            return replace(whole, buckets=(whole,))
         numbers = self._bucket_numbers(positions, computed[:, positions])
         order = np.lexsort([*computed[:, positions], numbers])
         positions, numbers = positions[order], numbers[order]
@@ -116,7 +119,8 @@ class Packer:
         An active parameter without a gradient packs zeros and warns once.
         """
         packed = self.buffer(layout)
-        grads = [self._grad(position) if computed[position] else None for position in layout.positions.tolist()]
+        wanted = zip(layout.positions.tolist(), computed[layout.positions].tolist(), strict=True)
+        grads = [self._grad(position) if is_wanted else None for position, is_wanted in wanted]
         _, squared_norms = ops.pack_gradients(grads, scales[layout.positions], layout=layout.sizes, out=packed)
         return packed, squared_norms
 
@@ -135,14 +139,7 @@ class Packer:
         parameter = self._parameters[position]
         grad = parameter.grad
         if grad is None:
-            if position not in self._warned:
-                self._warned.add(position)
-                name = self._names[position]
-                warnings.warn(
-                    f"{name} was active but got no gradient: it counts as zero. Right if the loss does not depend on "
-                    "it; wrong inside torch.utils.checkpoint with use_reentrant=True (pass False)",
-                    stacklevel=4,
-                )
+            self._warn_once(position)
             return None
         if grad.layout is not torch.strided:
             name = self._names[position]
@@ -150,6 +147,16 @@ class Packer:
         if grad.stride() != parameter.stride():
             grad = torch.empty_like(parameter, dtype=grad.dtype, requires_grad=False).copy_(grad)
         return grad
+
+    def _warn_once(self, position: int) -> None:
+        if position in self._warned:
+            return
+        self._warned.add(position)
+        warnings.warn(
+            f"{self._names[position]} was active but got no gradient: it counts as zero. Right if the loss does not "
+            "depend on it; wrong inside torch.utils.checkpoint with use_reentrant=True (pass False)",
+            stacklevel=5,
+        )
 
 
 def gradient_scales(strategy: str, drawn_probabilities: np.ndarray, counts: np.ndarray, world_size: int) -> np.ndarray:

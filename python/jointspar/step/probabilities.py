@@ -131,7 +131,7 @@ class LayerDistribution:
             gradient_bound=self.gradient_bound,
             budget=self._budget,
             p_min=self._p_min,
-            bandit_lr=self._sampling.bandit_lr,
+            bandit_lr=self._sampling.bandit_step,
             shift=self._sampling.shift,
             drawn_probabilities=np.where(seen, drawn_probabilities, 1.0)[inside],  # read where seen
         )

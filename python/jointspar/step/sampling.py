@@ -10,6 +10,7 @@ import numpy as np
 
 from jointspar import ops
 
+_BANDIT_LR = 0.05
 DISTRIBUTIONS = ("bandit", "norm", "uniform")
 
 
@@ -27,7 +28,7 @@ class Sampling:
         draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the
             paper: layers independent).
         distribution: "bandit" (the paper's Algorithm 1), "norm" (proportional to the gradient norms) or "uniform".
-        bandit_lr: step size of Algorithm 1.
+        bandit_lr: step size of Algorithm 1; None: 0.05.
         shift: the paper's literal non-negative loss in Algorithm 1.
         lag: 1 learns from each step one step later, so that nothing waits for norms that a device still computes; a
             skipped step is then counted one step later too.
@@ -44,7 +45,7 @@ class Sampling:
     strategy: str = "stratified"
     draw: str = "systematic"
     distribution: str = "norm"
-    bandit_lr: float = 0.05
+    bandit_lr: float | None = None
     shift: bool = False
     lag: int = 0
     dense_steps: int = 0
@@ -63,10 +64,10 @@ class Sampling:
         if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"budget: a count of layers is at least 1, got {self.budget}")
         _check_number("p_min", 1.0 if self.p_min is None else self.p_min)
-        _check_number("bandit_lr", self.bandit_lr)
+        _check_number("bandit_lr", self.bandit_step)
         if self.p_min is not None and not 0.0 < self.p_min <= 1.0:
             raise ValueError(f"p_min: {self.p_min} is not in (0, 1]")
-        if not (self.bandit_lr >= 0.0 and np.isfinite(self.bandit_lr)):
+        if not (self.bandit_step >= 0.0 and np.isfinite(self.bandit_step)):
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
         if not isinstance(self.shift, bool):
             raise TypeError(f"shift: expected True or False, got {self.shift!r}")
@@ -80,10 +81,16 @@ class Sampling:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: {self.seed!r} is not a whole number in [0, 2**64)")
 
+    @property
+    def bandit_step(self) -> float:
+        """`bandit_lr`, or what stands for None."""
+        return _BANDIT_LR if self.bandit_lr is None else self.bandit_lr
+
     def _acting(self) -> dict[str, bool]:
         """Whether each setting that was given acts with this distribution."""
         return {
             "p_min": self.distribution != "uniform" or self.p_min is None,
+            "bandit_lr": self.distribution == "bandit" or self.bandit_lr is None,
             "shift": self.distribution == "bandit" or not self.shift,
         }
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from jointspar import ops
+from jointspar.ops.updates import lars_update_rows, sgd_update_rows
 
 REMEASURE_EVERY = 100  # steps after which carried norms are measured again
 # Carried and measured norms of the same weights differ by less, relatively: their sums may have another order.
@@ -18,7 +19,7 @@ _SAME_WEIGHTS_IN_FLOAT = 1e-6
 
 
 class HyperParameters:
-    """The parameter groups' settings as one row of float64 per parameter."""
+    """The parameter groups' settings as one row of float64 per parameter, as they were at the last `refresh`."""
 
     def __init__(
         self, param_groups: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor], names: Sequence[str]
@@ -31,18 +32,22 @@ class HyperParameters:
             for parameter in group["params"]:
                 self._group_of[position_of[id(parameter)]] = group_index
         self._is_vector = np.array([parameter.ndim <= 1 for parameter in parameters], dtype=bool)
+        self.refresh()
 
-    def read(self, positions: np.ndarray) -> dict[str, Any]:
-        """Current values for the parameters at `positions` by name: float64 [len(positions)], or one number for all."""
-        table = self._table()
-        if len(table) == 1:
-            return dict(zip(self.names, table[0], strict=True))
-        rows = table[self._group_of[positions]]
-        return {name: rows[:, column] for column, name in enumerate(self.names)}
-
-    def check(self) -> None:
-        """Raises ValueError for a setting that no update could use."""
+    def refresh(self) -> None:
+        """Take over what the groups hold now. Raises ValueError for a setting that no update could use."""
         check_hyperparameters(self._groups, self.names)
+        switches = (("nesterov", False), ("adapt_vectors", True))
+        self._table = np.array(
+            [
+                [float(group[name]) for name in self.names] + [float(group.get(name, no)) for name, no in switches]
+                for group in self._groups
+            ]
+        )
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """float64 [len(positions), num_names]: the settings of the parameters at `positions`, in the order of names."""
+        return self._table[self._group_of[positions], : len(self.names)]
 
     @property
     def nesterov(self) -> bool:
@@ -50,18 +55,12 @@ class HyperParameters:
         return bool(self._groups[0]["nesterov"])
 
     def agreed(self) -> list[object]:
-        """What ranks must agree on before each exchange: current values, switches, and which group holds what."""
-        switches = [[bool(group["nesterov"]), bool(group.get("adapt_vectors", True))] for group in self._groups]
-        return [self._table(), np.array(switches), self._group_of]
-
-    def _table(self) -> np.ndarray:
-        """Current values, float64 [num_groups, num_names]."""
-        return np.array([[float(group[name]) for name in self.names] for group in self._groups])
+        """What ranks must agree on before each exchange: settings, switches, and which group holds what."""
+        return [self._table, self._group_of]
 
     def treated_as_vectors(self, positions: np.ndarray) -> np.ndarray:
         """bool [len(positions)]: tensors of one dimension in groups that leave those out of LARS and decay."""
-        left_out = np.array([not group.get("adapt_vectors", True) for group in self._groups], dtype=bool)
-        return self._is_vector[positions] & left_out[self._group_of[positions]]
+        return self._is_vector[positions] & (self._table[self._group_of[positions], -1] == 0.0)
 
 
 def check_hyperparameters(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
@@ -109,6 +108,7 @@ class LarsUpdate:
         self._parameters = parameters
         self._momenta = momenta
         self._norms = torch.full((len(parameters),), torch.nan, dtype=torch.float64, device=parameters[0].device)
+        self._host_norms = self._norms.numpy() if self._norms.device.type == "cpu" else None  # the same memory
         self._versions = np.full(len(parameters), -1, dtype=np.int64)
         self._pointers = np.zeros(len(parameters), dtype=np.int64)
         self._steps = 0
@@ -137,31 +137,31 @@ class LarsUpdate:
         everything = np.concatenate([positions, idle])
         if everything.size == 0:  # nobody drew a layer: there is nothing that says which device to use
             return grads.new_zeros(0, dtype=torch.float64)
-        parameters = [self._parameters[position] for position in everything.tolist()]
-        values = hyper.read(everything)
-        left_out = hyper.treated_as_vectors(everything)
-        if left_out.any():
-            values["weight_decay"] = np.where(left_out, 0.0, values["weight_decay"])
-        index = host_index(everything, self._norms.device)
-        norms = ops.lars_update(
+        chosen = everything.tolist()
+        parameters = [self._parameters[position] for position in chosen]
+        rows, left_out = hyper.rows(everything), hyper.treated_as_vectors(everything)
+        rows[left_out, hyper.names.index("weight_decay")] = 0.0
+        adapt = ~left_out
+        adapt[positions.size :] = False
+        if grad_norms is not None and idle.size:
+            grad_norms = torch.cat([grad_norms, grad_norms.new_zeros(idle.size)])
+        norms = lars_update_rows(
             parameters,
-            [self._momenta[position] for position in everything.tolist()],
+            [self._momenta[position] for position in chosen],
             _with_idle(grads, parameters, idle.size),
+            hyper=rows,
             nesterov=hyper.nesterov,
-            adapt=~left_out & (np.arange(everything.size) < positions.size),
-            param_norms=self._carried(everything, parameters, index),
-            grad_norms=None if grad_norms is None else torch.cat([grad_norms, grad_norms.new_zeros(idle.size)]),
+            adapt=adapt,
+            param_norms=self._carried(everything, parameters),
+            grad_norms=grad_norms,
             skip_nonfinite=skip_nonfinite,
-            **values,
         )
-        self._norms[index] = norms.param_norms_after
-        self._note_places(everything, parameters)
+        self._carry(everything, parameters, norms.param_norms_after)
         return norms.grad_norms[: positions.size]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The norms, since measuring them again may give other bits, and how far it is to the next measuring."""
-        everything = np.arange(len(self._parameters))
-        norms = self._still_valid(everything, list(self._parameters), host_index(everything, self._norms.device))
+        norms = torch.as_tensor(self._still_valid(np.arange(len(self._parameters)), self._parameters))
         return {"norms": norms.cpu(), "steps": torch.tensor(self._steps)}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -180,26 +180,31 @@ class LarsUpdate:
         measured = torch.sqrt(ops.squared_norms(list(self._parameters)))
         tolerances = [_SAME_WEIGHTS.get(parameter.dtype, _SAME_WEIGHTS_IN_FLOAT) for parameter in self._parameters]
         is_same = (saved - measured).abs() <= torch.tensor(tolerances).to(measured) * measured
-        self._norms = torch.where(is_same, saved, torch.nan)
-        self._note_places(np.arange(len(self._parameters)), self._parameters)
+        self._carry(np.arange(len(self._parameters)), self._parameters, torch.where(is_same, saved, torch.nan))
         self._steps = int(state["steps"])
 
-    def _note_places(self, positions: np.ndarray, parameters: Sequence[torch.Tensor]) -> None:
-        """What tells later whether somebody else wrote the parameters whose norms are carried."""
+    def _carry(self, positions: np.ndarray, parameters: Sequence[torch.Tensor], norms: torch.Tensor) -> None:
+        """Keep norms, and what tells later whether somebody else has written their parameters."""
+        if self._host_norms is None:
+            self._norms[host_index(positions, self._norms.device)] = norms
+        else:
+            self._host_norms[positions] = norms.numpy()
         self._versions[positions] = [parameter._version for parameter in parameters]
         self._pointers[positions] = [parameter.data_ptr() for parameter in parameters]
 
-    def _carried(self, positions: np.ndarray, parameters: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
-        """float64 [num_parameters]: what the last step measured, NaN where that may be out of date."""
+    def _carried(self, positions: np.ndarray, parameters: Sequence[torch.Tensor]) -> torch.Tensor | np.ndarray:
+        """float64 [len(positions)]: what the last step measured, NaN where that may be out of date."""
         self._steps += 1
         if self._steps % REMEASURE_EVERY == 0:
             self._norms.fill_(torch.nan)
-        return self._still_valid(positions, parameters, index)
+        return self._still_valid(positions, parameters)
 
-    def _still_valid(self, positions: np.ndarray, parameters: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    def _still_valid(self, positions: np.ndarray, parameters: Sequence[torch.Tensor]) -> torch.Tensor | np.ndarray:
         same = self._versions[positions] == [parameter._version for parameter in parameters]
         same &= self._pointers[positions] == [parameter.data_ptr() for parameter in parameters]
-        carried = self._norms[index]
+        if self._host_norms is not None:
+            return np.where(same, self._host_norms[positions], np.nan)
+        carried = self._norms[host_index(positions, self._norms.device)]
         if not same.all():
             carried[host_index(np.flatnonzero(~same), carried.device)] = torch.nan
         return carried
@@ -236,14 +241,15 @@ class SgdUpdate:
         everything = np.concatenate([positions, idle])
         if everything.size == 0:  # nobody drew a layer: there is nothing that says which device to use
             return grads.new_zeros(0, dtype=torch.float64)
-        parameters = [self._parameters[position] for position in everything.tolist()]
-        norms = ops.sgd_update(
+        chosen = everything.tolist()
+        parameters = [self._parameters[position] for position in chosen]
+        norms = sgd_update_rows(
             parameters,
-            [self._momenta[position] for position in everything.tolist()],
+            [self._momenta[position] for position in chosen],
             _with_idle(grads, parameters, idle.size),
+            hyper=hyper.rows(everything),
             nesterov=hyper.nesterov,
             skip_nonfinite=skip_nonfinite,
-            **hyper.read(everything),
         )
         return norms[: positions.size]
 
@@ -256,7 +262,7 @@ def slice_norms(packed: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
 def clip_packed(packed: torch.Tensor, norms: torch.Tensor, max_norm: float) -> torch.Tensor:
     """Scale a packed gradient, in place, to a total norm of at most `max_norm`; returns the slices' norms after it."""
     factor = (max_norm / (norms.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
-    if packed.device.type == "cpu" and not factor.item() < 1.0:  # a device is not asked
+    if packed.device.type == "cpu" and factor.item() >= 1.0:  # a device is not asked; NaN where any norm is
         return norms
     packed.mul_(factor)
     return norms * factor
