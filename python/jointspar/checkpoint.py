@@ -167,7 +167,8 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
                 folder,
                 *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.is_rank_local),
             )
-        except _Refused:
+        except _Refused as error:  # perhaps on this rank alone
+            warnings.warn(f"refusing a checkpoint: {error}", stacklevel=3)
             raise
         except CheckpointError as error:
             problems.append(str(error))
@@ -251,7 +252,10 @@ def _refuse_later(directory: Path, final: Path) -> None:
 
 
 def _sealed(manifest: dict[str, Any]) -> bytes:
-    """The one spelling of a manifest, its own digest at the end: 1e-8 and 1E-8 are the same number, not the same."""
+    """The one spelling of a manifest, its own digest at the end: 1e-8 and 1E-8 are the same number, not the same.
+
+    Later formats must keep it, so that an earlier version tells them from damage.
+    """
     content = {key: value for key, value in manifest.items() if key != "digest"}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "digest": digest}, indent=1).encode()

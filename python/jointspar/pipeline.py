@@ -172,7 +172,6 @@ class Pipeline:
 
     def draw_next(self) -> None:
         """Stages 1 and 2 of the coming iteration; its plan travels during the next forward."""
-        self._follow_frozen()
         with self.stats.phase("sample"):
             self.drawn = probabilities_to_draw(self.distribution.probabilities, self.sampling, self.step_count)
             self.active = draw_layers(
@@ -234,6 +233,7 @@ class Pipeline:
         self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
         self.chooser.load_state_dict(state["exchange"])
         self.agreement.go(Op.LOAD, step=self.step_count, agreed=[self.chooser.agreed(), *also_agreed])
+        self._follow_frozen()
         self.draw_next()
 
     def _follow_frozen(self) -> None:

@@ -78,12 +78,8 @@ def sampling_cases() -> Iterator[Case]:
         for label, value in values.items():
             if isinstance(value, torch.Tensor) and value.ndim == 0 and argument == "budget":
                 continue
-            yield Case(
-                argument,
-                label,
-                ("lars",),
-                lambda kind, a=argument, v=value: kind(pairs(), sampling=js.Sampling(**{a: v})),
-            )
+            given = {argument: value} | ({"distribution": "bandit"} if argument == "bandit_lr" else {})
+            yield Case(argument, label, ("lars",), lambda kind, g=given: kind(pairs(), sampling=js.Sampling(**g)))
 
 
 def params_cases() -> Iterator[Case]:

@@ -593,24 +593,24 @@ def test_flags_that_are_set_on_inactive_layers_warn_once():
 
     with pytest.warns(UserWarning, match="inactive in this step.*set_trainable") as caught:
         take_turns()
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     model.requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.release()
 
 
-@pytest.mark.parametrize("distribution", ["norm", "bandit"])
-def test_a_layer_frozen_in_mid_step_teaches_nothing(distribution):
+def test_a_layer_frozen_in_mid_step_teaches_nothing():
+    """It is packed no more, so that what is known of its gradient is not a norm of 0."""
     model = make_model()
-    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(distribution=distribution, budget=1.0))
+    optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=1.0))
     train(model, optimizer, 3)
     optimizer.zero_grad()
     backward(model, next(batches(1)))
     known = optimizer.state_dict()["jointspar"]["distribution"]["norm_ema"][1].clone()
     optimizer.set_trainable(model[3].parameters(), False)
     optimizer.step()
-    assert optimizer.state_dict()["jointspar"]["distribution"]["norm_ema"][1] == known
+    assert optimizer.state_dict()["jointspar"]["distribution"]["norm_ema"][1] == known > 0.0
 
 
 def test_parameters_that_share_memory_are_refused():

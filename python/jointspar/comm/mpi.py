@@ -202,14 +202,14 @@ class MpiTransport(ProcessTransport):
         return [pending for pending in _in_flight if pending._transport is self]
 
     def _has_ended(self, request: Any, until: float) -> bool:
-        """Whether MPI touches the request's memory no more; waits for that for a while."""
+        """Whether MPI certainly touches the request's memory no more; waits for that for a while."""
         try:
             while not request.Test():
                 if time.monotonic() > until:
                     return False
                 time.sleep(_LONGEST_SLEEP)
-        except self._mpi.Exception:
-            pass  # it ended so
+        except self._mpi.Exception:  # parts of a collective may still be under way
+            return False
         return True
 
     def _revoke(self) -> None:

@@ -77,7 +77,7 @@ class ActiveBackward:
             warnings.warn(
                 "requires_grad was set on parameters of layers that are inactive in this step: what backward computes "
                 "for them is dropped, and no time saved. Freeze and thaw by optimizer.set_trainable",
-                stacklevel=2,
+                stacklevel=10,  # the caller of step()
             )
         self.trainable[changed] = found[changed]
         self._as_set[:] = found

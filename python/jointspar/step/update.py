@@ -51,7 +51,7 @@ class HyperParameters:
 
     @property
     def nesterov(self) -> bool:
-        """The same in all groups, see `check`."""
+        """The same in all groups, see `refresh`."""
         return bool(self._groups[0]["nesterov"])
 
     def agreed(self) -> list[object]:

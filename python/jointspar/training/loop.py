@@ -230,7 +230,7 @@ class Run:
             self.config.out / CHECKPOINT_FOLDER, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
         )
         for name, value in self.identity.items():
-            before = extra["config"].get(name)
+            before = extra["config"].get(name, value)
             is_other_kind = name == "budget" and type(before) is not type(value)  # 1 layer is not 1.0, all layers
             if before != value or is_other_kind:
                 raise ValueError(

@@ -77,7 +77,7 @@ def _set_up(config: TrainConfig, comm: Transport, load: Callable[..., Dataset]) 
     agree_on_start(comm, error, identity)
     try:
         return Run(config, comm, dataset, batches, identity, device)
-    except (ValueError, js.errors.CheckpointError) as caught:  # alike on all ranks
+    except (ValueError, js.errors.CheckpointError) as caught:  # alike on all ranks, but for files that one cannot read
         raise SetupError(str(caught), is_speaker=comm.rank == 0) from caught
 
 

@@ -60,7 +60,7 @@ def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
         yield (
             "accuracy",
             "Accuracy after the last epoch: a dot for each seed, a bar for their mean; at the left edge a cross for a "
-            "seed that is lost.",
+            "seed that is lost, unless all are.",
             _draw_end(experiment),
         )
         if not experiment["simulated"]:

@@ -62,7 +62,8 @@ def _settings(experiment: Mapping[str, Any]) -> list[str]:
 
 
 def _sums(run: Mapping[str, Any]) -> list[str]:
-    return sorted({f"sums by {each['summary']['exchange']}" for each in run["seeds"] if "exchange" in each["summary"]})
+    names = {each["summary"].get("exchange") for each in run["seeds"]}
+    return sorted(f"sums by {name}" for name in names if name)
 
 
 def _commits(seeds: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -55,7 +55,7 @@ class Run:
         return has_checkpoint(self.folder)
 
     def failure(self) -> str | None:
-        """How its last attempt failed; None for a run that is complete, was stopped, or was not tried."""
+        """How its last attempt failed; None for a run that is complete, was interrupted with this, or not tried."""
         path = self.folder / FAILURE_FILE
         if self.is_complete or not path.is_file():
             return None
@@ -193,13 +193,13 @@ def execute(run: Run, launcher: Sequence[str], after_epoch: Callable[[str], obje
         with log_file.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"$ {shlex.join(words)}\n")
             code = follow(words, lock, log, after_epoch)
-    if code != 0:
-        how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+        if code == 0 and run.is_complete:
+            return
+        how = f"ended without {SUMMARY_FILE}" if code == 0 else f"failed with exit code {code}"
+        how = f"was ended by signal {-code}" if code < 0 else how
         lines = log_file.read_text(encoding="utf-8").splitlines()[-_SHOWN_LINES:]
         write_atomically(run.folder / FAILURE_FILE, "\n".join([how, *lines]) + "\n")
-        raise RunError("\n  ".join([f"{run.name}: {how}; {log_file} ends:", *lines]))
-    if not run.is_complete:
-        raise RunError(f"{run.name}: ended without {SUMMARY_FILE}; see {log_file}")
+    raise RunError("\n  ".join([f"{run.name}: {how}; {log_file} ends:", *lines]))
 
 
 def _words(value: Any) -> list[str]:
