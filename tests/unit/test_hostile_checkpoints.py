@@ -220,6 +220,7 @@ def test_there_are_many() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.filterwarnings("ignore:refusing a checkpoint")
 def test_a_hostile_checkpoint_is_refused_and_changes_nothing(
     folder: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

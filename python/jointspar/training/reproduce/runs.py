@@ -193,7 +193,7 @@ def execute(run: Run, launcher: Sequence[str], after_epoch: Callable[[str], obje
         with log_file.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"$ {shlex.join(words)}\n")
             code = follow(words, lock, log, after_epoch)
-        if code == 0 and run.is_complete:
+        if code == 0 and (run.folder / SUMMARY_FILE).is_file():
             return
         how = f"ended without {SUMMARY_FILE}" if code == 0 else f"failed with exit code {code}"
         how = f"was ended by signal {-code}" if code < 0 else how
