@@ -305,11 +305,11 @@ class JointSparOptimizer(torch.optim.Optimizer):
         )
         return self._pipeline.step_count
 
+    # State -------------------------------------------------------------------------------------------------------
+
     def __getstate__(self) -> dict[str, Any]:
         """Refuses copy.deepcopy and pickle: a copy would meet no other rank's."""
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: use state_dict() or js.checkpoint.save")
-
-    # State -------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameter groups are fixed at construction: the ranks agreed on the layers then."""

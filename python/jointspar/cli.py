@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from jointspar.training.config import DATASETS, TrainConfig, flag, launcher_rank, local_ranks
+from jointspar.training.config import DATASETS, TrainConfig, flag
 from jointspar.training.flags import DATA_DIR_HELP, add_train_flags
+from jointspar.training.launch import launcher_rank, local_ranks
 
 EXIT_USAGE = 2  # and missing or damaged data
 EXIT_INTERRUPTED = 128 + signal.SIGINT

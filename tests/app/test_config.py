@@ -7,16 +7,7 @@ from typing import Any
 
 import pytest
 
-from jointspar.training import config as config_module
-from jointspar.training.config import (
-    COMPRESSORS,
-    METHODS,
-    SPARSE_FIELDS,
-    TrainConfig,
-    launcher_rank,
-    local_ranks,
-    threads_per_rank,
-)
+from jointspar.training.config import COMPRESSORS, METHODS, SPARSE_FIELDS, TrainConfig
 
 OUT = Path("unused")
 SAMPLES = {
@@ -119,31 +110,3 @@ def test_schedule_of_90_epochs_is_the_papers_and_shorter_runs_keep_its_shape() -
 def test_lr_is_the_rate_after_scaling() -> None:
     assert TrainConfig(out=OUT, lr=0.8, batch_size=64).scaled_base_lr(world_size=8) * 8 * 64 / 256 == pytest.approx(0.8)
     assert TrainConfig(out=OUT, base_lr=0.3).scaled_base_lr(world_size=8) == 0.3
-
-
-def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv(config_module.LOCAL_SIZE_VARIABLES[0], "4")
-    assert threads_per_rank() == 2
-    monkeypatch.setenv(config_module.LOCAL_SIZE_VARIABLES[0], "100")
-    assert threads_per_rank() == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads_per_rank() == 3
-
-
-@pytest.mark.parametrize(
-    ("rank_variable", "size_variable"),
-    [
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        ("PMI_RANK", "MPI_LOCALNRANKS"),
-        ("RANK", "LOCAL_WORLD_SIZE"),
-    ],
-)
-def test_launchers_are_recognised(rank_variable: str, size_variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*config_module.RANK_VARIABLES, *config_module.LOCAL_SIZE_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    assert (launcher_rank(), local_ranks()) == (0, 1)
-    monkeypatch.setenv(rank_variable, "3")
-    monkeypatch.setenv(size_variable, "4")
-    assert (launcher_rank(), local_ranks()) == (3, 4)

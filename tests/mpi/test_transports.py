@@ -149,8 +149,12 @@ def use_transport():
     check_headers(transport)
     check_refusals(transport)
     check_forked_child_is_refused(transport)
+    unread = transport.start_headers(np.arange(3), what="a plan that no step asks for")
     transport.close()
     transport.close()
+    if transport.name.startswith("mpi"):
+        assert not module._in_flight
+        assert unread._rows.tolist() == [[0, 1, 2]] * transport.world_size  # MPI writes there no more
     with pytest.raises(JointSparError, match="closed"):
         transport.allreduce(torch.ones(4), what="test")
     assert world() is not transport

@@ -39,7 +39,7 @@ class PackedLayout:
 
 
 class Packer:
-    """Packs the gradients of active layers into a buffer that is allocated once.
+    """Packs the gradients of active layers into one buffer, which grows to the largest layout that came.
 
     bucket_bytes: the buffer is cut into parts for which each rank has computed at least about as much, the last
     parameters, whose gradients come first, at its beginning; None: the buffer is one part.

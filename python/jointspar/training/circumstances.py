@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import jointspar
-from jointspar.training.config import usable_cores
+from jointspar.training.launch import usable_cores
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _NO_CODE = (":(exclude)bench/results", ":(exclude)*.md")

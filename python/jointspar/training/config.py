@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -69,11 +68,6 @@ FREE_FIELDS = (
     "out", "resume", "data_dir", "log_every", "max_steps", "threads", "device", "epochs", "simulate_workers",
 )  # fmt: skip
 DEVICES = ("cpu", "cuda")
-
-# What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 # Goyal et al. train 90 epochs: 5 of warm-up, steps after 30, 50 and 70.
 _PAPER_MILESTONES = (30 / 90, 50 / 90, 70 / 90)
@@ -272,38 +266,6 @@ def fits(model: str, image_size: int) -> bool:
 def flag(field_name: str) -> str:
     """The command line's name of a field."""
     return "--" + field_name.replace("_", "-")
-
-
-def threads_per_rank() -> int:
-    """Torch threads of this rank when --threads is not given: OMP_NUM_THREADS, else its share of the host's cores."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    return max(1, usable_cores() // local_ranks())
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_ranks() -> int:
-    """Ranks that the launcher started on this host; 1 without a launcher."""
-    return _launcher_number(LOCAL_SIZE_VARIABLES, 1)
-
-
-def local_rank() -> int:
-    """This process's place among the ranks on this host; 0 without a launcher."""
-    return _launcher_number(LOCAL_RANK_VARIABLES, 0)
-
-
-def launcher_rank() -> int:
-    """This process's rank by the launcher's variables, before any communication; 0 without a launcher."""
-    return _launcher_number(RANK_VARIABLES, 0)
-
-
-def _launcher_number(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
 
 
 def _check_choice(flag_name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -19,9 +19,9 @@ import torch
 
 from jointspar import __version__, backends
 from jointspar.comm import cuda_mpi
-from jointspar.training.config import DATASETS, local_ranks, threads_per_rank, usable_cores
+from jointspar.training.config import DATASETS
 from jointspar.training.data.datasets import DatasetError, load_dataset
-from jointspar.training.launch import find_launcher
+from jointspar.training.launch import find_launcher, local_ranks, threads_per_rank, usable_cores
 
 _CHILD_SECONDS = 60
 _LAUNCHER_VARIABLE = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|HYDRA_|HYDI_|MPI_LOCAL)")

@@ -1,4 +1,4 @@
-"""How a job of several ranks is started on this machine."""
+"""How a job of several ranks is started on this machine, and what a process is told of its place in one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 
 # On these a rank asks all to stop in order. mpirun passes the second on, but lets ranks only a second after the first.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 # Open MPI refuses root, and more ranks than cores, unless told otherwise; MPICH knows none of these variables.
 _OPEN_MPI = {
@@ -33,3 +38,35 @@ def job_environment() -> dict[str, str]:
 def train_command() -> list[str]:
     """What runs `jointspar train` with this interpreter; flags follow."""
     return [sys.executable, "-m", "jointspar", "train"]
+
+
+def threads_per_rank() -> int:
+    """Torch threads of this rank when --threads is not given: OMP_NUM_THREADS, else its share of the host's cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return max(1, usable_cores() // local_ranks())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_ranks() -> int:
+    """Ranks that the launcher started on this host; 1 without a launcher."""
+    return _launcher_number(LOCAL_SIZE_VARIABLES, 1)
+
+
+def local_rank() -> int:
+    """This process's place among the ranks on this host; 0 without a launcher."""
+    return _launcher_number(LOCAL_RANK_VARIABLES, 0)
+
+
+def launcher_rank() -> int:
+    """This process's rank by the launcher's variables, before any communication; 0 without a launcher."""
+    return _launcher_number(RANK_VARIABLES, 0)
+
+
+def _launcher_number(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)

@@ -19,10 +19,10 @@ from jointspar.training.config import (
     REFERENCE_BATCH,
     SAMPLING_FIELDS,
     TrainConfig,
-    local_rank,
 )
 from jointspar.training.data.batches import training_batches
 from jointspar.training.data.datasets import Dataset
+from jointspar.training.launch import local_rank
 from jointspar.training.models import build_model
 from jointspar.training.records import SUMMARY_FILE, has_checkpoint
 

@@ -13,10 +13,10 @@ import torch
 import jointspar as js
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.transport import Transport
-from jointspar.training.config import TrainConfig, launcher_rank, threads_per_rank
+from jointspar.training.config import TrainConfig
 from jointspar.training.data.batches import training_batches
 from jointspar.training.data.datasets import Dataset, load_dataset
-from jointspar.training.launch import STOP_SIGNALS
+from jointspar.training.launch import STOP_SIGNALS, launcher_rank, threads_per_rank
 from jointspar.training.loop import Run
 from jointspar.training.records import Summary
 from jointspar.training.setup import SetupError, agree_on_start, check_warmup, find_device, prepare_folder

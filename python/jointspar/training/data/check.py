@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from jointspar.training.config import usable_cores
 from jointspar.training.data.class_folders import class_names, load_class_folders, read_picture_file
 from jointspar.training.data.datasets import default_folder, find_file, find_form, load_digits, read_part, remedy
 from jointspar.training.data.pictures import Source, open_picture
 from jointspar.training.data.properties import PROPERTIES, DatasetProperties, Form
 from jointspar.training.data.readers import DatasetError
 from jointspar.training.data.shards import SPLIT_PATTERNS, count_samples, find_shards, read_shard, read_sizes
+from jointspar.training.launch import usable_cores
 
 _MAX_SHOWN = 20  # problems that are printed; all are counted
 _CHUNK = 256  # pictures handed to the threads at a time

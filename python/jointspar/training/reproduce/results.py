@@ -136,14 +136,12 @@ def table(experiment: Mapping[str, Any]) -> list[Row]:
 
 
 def kept_seeds(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The seeds that means are taken over: not those that end near guessing, which no other seed resembles.
-
-    Lost is a seed whose accuracy is below twice that of guessing; where all are lost, they are what the run gives.
-    """
+    """The seeds that means are taken over: those that are not lost, or all where all are."""
     return [seed for seed in run["seeds"] if not is_lost(seed)] or list(run["seeds"])
 
 
 def is_lost(seed: Mapping[str, Any]) -> bool:
+    """Whether a seed ended below twice the accuracy of guessing."""
     summary = seed["summary"]
     return bool(summary["test_accuracy"] < 2 / PROPERTIES[summary["dataset"]].num_classes)
 

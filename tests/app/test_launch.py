@@ -1,0 +1,39 @@
+"""What a process is told of its place among the ranks, and the threads that follow from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from jointspar.training import launch
+from jointspar.training.launch import launcher_rank, local_rank, local_ranks, threads_per_rank
+
+
+def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "4")
+    assert threads_per_rank() == 2
+    monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "100")
+    assert threads_per_rank() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_per_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("rank_variable", "size_variable", "local_variable"),
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+        ("RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
+    ],
+)
+def test_launchers_are_recognised(
+    rank_variable: str, size_variable: str, local_variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*launch.RANK_VARIABLES, *launch.LOCAL_SIZE_VARIABLES, *launch.LOCAL_RANK_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    assert (launcher_rank(), local_ranks(), local_rank()) == (0, 1, 0)
+    monkeypatch.setenv(rank_variable, "3")
+    monkeypatch.setenv(size_variable, "4")
+    monkeypatch.setenv(local_variable, "2")
+    assert (launcher_rank(), local_ranks(), local_rank()) == (3, 4, 2)
