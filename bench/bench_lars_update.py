@@ -26,7 +26,7 @@ from update_problem import EPS, LARS, LR, MOMENTUM, TRUST_COEFFICIENT, WEIGHT_DE
 
 
 def carried(problem: UpdateProblem) -> Any:
-    """As in a training step: ||w|| is known from the last update, ||g|| from the exchange."""
+    """Both norms are known: ||w|| from the last update, ||g|| from whoever measured it."""
     return _lars(problem, problem.grads, problem.param_norms, problem.grad_norms)
 
 
@@ -35,6 +35,7 @@ def carried_packed(problem: UpdateProblem) -> Any:
 
 
 def measures_grads(problem: UpdateProblem) -> Any:
+    """As in a training step, which measures ||g|| of the mean gradient in a pass before the update."""
     return _lars(problem, problem.grads, problem.param_norms, None)
 
 

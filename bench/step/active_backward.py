@@ -2,14 +2,17 @@
 
     jointspar bench backward [--rounds 12]
 
-Budgets alternate within one process, so the ratios hold although a shared machine drifts. The step itself (pack,
-exchange, update) is not part of the time. Bytes are those of the distinct storages that autograd saves for
+Budgets alternate within one process in a new order each round, and times are the median of rounds, ratios of ratios
+within a round, so that they hold although a shared machine drifts. The step itself (pack, exchange, update) is not part
+of the time. Bytes are those of the distinct storages that autograd saves for
 the backward pass, parameters left out, averaged over draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
+import random
 import statistics
 import time
 
@@ -69,8 +72,8 @@ def optimizer_for(model: nn.Module, budget: float) -> js.JointSparSGD:
     return js.JointSparSGD(model.named_parameters(), lr=0.0, sampling=sampling, comm=js.comm.local())
 
 
-def time_resnet18(rounds: int) -> dict[float, float]:
-    """Median seconds of forward and backward at each budget, batch 32 of 32x32."""
+def time_resnet18(rounds: int) -> dict[float, list[float]]:
+    """Seconds of forward and backward at each budget, batch 32 of 32x32: the mean of four iterations of each round."""
     torch.manual_seed(0)
     batch = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
     pairs = {}
@@ -78,12 +81,13 @@ def time_resnet18(rounds: int) -> dict[float, float]:
         model = build_model("resnet18", in_channels=3, num_classes=10, image_size=32)
         pairs[budget] = (model, optimizer_for(model, budget))
     seconds: dict[float, list[float]] = {budget: [] for budget in BUDGETS}
+    order = random.Random(0)
     for turn in range(rounds + 1):
-        for budget, (model, optimizer) in pairs.items():
-            elapsed = [iterate(model, optimizer, batch) for _ in range(4)]
+        for budget in order.sample(BUDGETS, len(BUDGETS)):
+            elapsed = [iterate(*pairs[budget], batch) for _ in range(4)]
             if turn:
-                seconds[budget] += elapsed
-    return {budget: statistics.mean(values) for budget, values in seconds.items()}
+                seconds[budget].append(statistics.mean(elapsed))
+    return seconds
 
 
 def saved_bytes(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
@@ -130,9 +134,11 @@ def main() -> None:
     seconds, saved = time_resnet18(rounds), transformer_bytes(4 * rounds)
     print(f"{'budget':>6}  {'resnet18 forward+backward':>26}  {'transformer, saved for backward':>32}")
     for budget in BUDGETS:
-        time_ratio, byte_ratio = seconds[budget] / seconds[1.0], saved[budget] / saved[1.0]
+        milliseconds = 1e3 * statistics.median(seconds[budget])
+        time_ratio = statistics.median(map(operator.truediv, seconds[budget], seconds[1.0]))
+        byte_ratio = saved[budget] / saved[1.0]
         print(
-            f"{budget:6.2f}  {1e3 * seconds[budget]:12.1f} ms  {time_ratio:6.3f} x"
+            f"{budget:6.2f}  {milliseconds:12.1f} ms  {time_ratio:6.3f} x"
             f"  {saved[budget] / 2**20:18.2f} MiB  {byte_ratio:6.3f} x"
         )
 

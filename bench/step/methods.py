@@ -19,7 +19,7 @@ from jointspar import ops
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices
 from step.models import Batch
-from step.peers import TOPK_FRACTION, ForeachLars, Hook, TopK, data_parallel, hook_of
+from step.peers import TOPK_FRACTION, Hook, TopK, TorchLars, data_parallel, hook_of
 
 PHASES = ("forward", "backward", "pack", "exchange", "update", "other")
 # The optimizer's own phases. Agreeing on a step is part of its exchange, measuring its result part of LARS.
@@ -197,7 +197,7 @@ class Plain(Iteration):
 
 
 class DataParallel(Iteration):
-    """DDP over gloo, and LARS by `_foreach_`.
+    """DDP over gloo, and LARS by PyTorch's operations.
 
     DDP exchanges during backward. "backward" ends when the last gradient is there, and what follows until all sums have
     arrived is "exchange". "pack" is the time in the calls of the hook; without a hook DDP packs inside of backward.
@@ -205,7 +205,7 @@ class DataParallel(Iteration):
 
     def __init__(self, setting: Setting, *, hook: str | None = None) -> None:
         super().__init__(setting)
-        self._optimizer = ForeachLars(setting.parameters, lr=setting.lr, **LARS)
+        self._optimizer = TorchLars(setting.parameters, lr=setting.lr, **LARS)
         self.module = module = data_parallel(setting.model, setting.ranks.group, hook)
         if hook is not None:
             state, function = hook_of(hook, setting.ranks.group)
@@ -242,11 +242,11 @@ class DataParallel(Iteration):
 
 
 class TopKLars(Iteration):
-    """Top-k with error feedback over gloo, and LARS by `_foreach_`."""
+    """Top-k with error feedback over gloo, and LARS by PyTorch's operations."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._optimizer = ForeachLars(setting.parameters, lr=setting.lr, **LARS)
+        self._optimizer = TorchLars(setting.parameters, lr=setting.lr, **LARS)
         self._topk = TopK(setting.parameters, setting.ranks.group, TOPK_FRACTION)
 
     def finish(self, laps: Laps) -> None:

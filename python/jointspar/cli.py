@@ -201,7 +201,11 @@ def _with_flag_names(message: str) -> str:
 def _check_data(options: argparse.Namespace) -> int:
     _require_packages("data check", "tqdm")
     from jointspar.training.data.check import check_dataset
+    from jointspar.training.data.datasets import is_packaged
+    from jointspar.training.data.properties import PROPERTIES
 
+    if options.data_dir is not None and is_packaged(PROPERTIES[options.dataset]):
+        raise UsageError(f"jointspar data check: --data-dir: {options.dataset} is part of a package: leave it out")
     return 0 if check_dataset(options.dataset, options.data_dir, is_full=options.full) else EXIT_USAGE
 
 

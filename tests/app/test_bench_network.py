@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,25 @@ def test_a_signal_takes_hosts_and_their_jobs_down(number: int, code: int) -> Non
     assert process.returncode in (code, -number)
     assert namespaces(name) == []
     assert not any(is_sleeping(sleeper) for sleeper in running)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_that_another_thread_takes_waits_until_all_is_removed() -> None:
+    release = threading.Event()
+    other = threading.Thread(target=release.wait)
+    other.start()
+    removed = False
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012, where it is raised is what is tested
+            with hosts_module._signals_held_back():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+                removed = True
+            pytest.fail("the signal was lost")
+    finally:
+        release.set()
+        other.join()
+    assert removed
 
 
 @pytest.mark.usefixtures("stands")

@@ -85,6 +85,7 @@ def test_short_floats_on_the_wire_take_an_exchange_but_no_other_dtype() -> None:
         ({"method": "topk", "overlap": True}, "--overlap: --method topk takes all gradients at once"),
         ({"weight_decay": -1e-4}, "--weight-decay"),
         ({"milestones": (20.0, 10.0)}, "--milestones"),
+        ({"milestones": (float("inf"),)}, "--milestones must be positive, finite"),
         ({"dense_epochs": 30.0}, "--dense-epochs 30 of 30 epochs leaves none"),
         ({"warmup_epochs": -1.0}, "--warmup-epochs"),
         ({"seed": -1}, "--seed"),

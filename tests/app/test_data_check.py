@@ -51,7 +51,9 @@ def test_sound_folder_of_files(capsys: pytest.CaptureFixture[str], mnist: Path) 
 
 
 def test_digits_are_part_of_a_package(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert check(capsys, "digits", tmp_path)[0] == 0
+    assert cli.main(("data", "check", "--dataset", "digits")) == 0
+    assert "digits in scikit-learn is complete and sound" in capsys.readouterr().out
+    assert check(capsys, "digits", tmp_path)[0] == 2
 
 
 def test_missing_damaged_and_short_files_are_told_apart(capsys: pytest.CaptureFixture[str], mnist: Path) -> None:

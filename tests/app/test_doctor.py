@@ -52,6 +52,16 @@ def test_broken_mpi_is_bad_and_does_not_take_the_doctor_along(
     assert finding.advice
 
 
+def test_data_that_may_not_be_read_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(doctor, "load_dataset", refuse)
+    findings = list(doctor._check_datasets())
+    assert {finding.level for finding in findings} == {"note"}
+    assert "Permission denied" in findings[0].text
+
+
 @pytest.mark.parametrize(
     ("library", "shown", "level"),
     [
@@ -59,6 +69,7 @@ def test_broken_mpi_is_bad_and_does_not_take_the_doctor_along(
         ("Open MPI v5.0.11", "HYDRA build details:\n", "bad"),
         ("MPICH Version: 5.0.2", "HYDRA build details:\n", "ok"),
         ("MPICH Version: 5.0.2", "mpirun (Open MPI) 5.0.11\n", "bad"),
+        ("Intel(R) MPI Library 2021.14", "Intel(R) MPI Library for Linux* OS, Version 2021.14\n", "ok"),
     ],
 )
 def test_launcher_of_another_mpi_is_bad(monkeypatch: pytest.MonkeyPatch, library: str, shown: str, level: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from data_files import (
 )
 from jointspar import cli
 from jointspar.training.config import METHODS, TrainConfig
+from jointspar.training.loop import Run, StoppedError
 from jointspar.training.records import Display, read_metrics
 from jointspar.training.setup import SetupError
 from jointspar.training.start import train
@@ -114,6 +116,29 @@ def test_resumed_run_gives_the_same_weights(tmp_path: Path, interrupted_at: int,
     assert [record["step"] for record in records[1]] == [record["step"] for record in records[0]]
 
 
+def test_run_stopped_at_the_end_of_an_epoch_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its evaluation was left to do."""
+    note_step = Run._note_step
+    whole = train(TrainConfig(out=tmp_path / "whole", **SHORT))
+    half = whole.steps // 2
+
+    def stopping(run: Run, loss: float) -> None:
+        note_step(run, loss)
+        if run.progress.step == half - 1:
+            run.optimizer.request_stop()
+
+    monkeypatch.setattr(Run, "_note_step", stopping)
+    with pytest.raises(StoppedError, match=f"after step {half}"):
+        train(TrainConfig(out=tmp_path / "parts", **SHORT))
+    monkeypatch.setattr(Run, "_note_step", note_step)
+    parts = train(TrainConfig(out=tmp_path / "parts", resume=True, **SHORT))
+    assert parts == replace(whole, seconds=parts.seconds)
+    epochs = [record for record in read_metrics(tmp_path / "parts" / "metrics.jsonl") if record["kind"] == "epoch"]
+    assert [record["lr"] for record in epochs] == [
+        record["lr"] for record in read_metrics(tmp_path / "whole" / "metrics.jsonl") if record["kind"] == "epoch"
+    ]
+
+
 @pytest.mark.parametrize("method", ["topk", "qsgd-lars", "randomk", "powersgd"])
 def test_resumed_baseline_gives_the_same_weights(tmp_path: Path, method: str) -> None:
     config = {**SHORT, "method": method, "base_lr": 0.05}
@@ -149,6 +174,17 @@ def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path / "run", max_steps=4, **flags))
     write_mnist(tmp_path / "data", num_train=12)
     with pytest.raises(SetupError, match=r"data was '20 \+ 6 images, .*' and is now '12 \+ 6 images, "):
+        train(TrainConfig(out=tmp_path / "run", resume=True, **flags))
+
+
+def test_resume_with_other_pictures_of_the_same_labels_is_refused(tmp_path: Path) -> None:
+    flags = {"dataset": "mnist", "data_dir": tmp_path / "data", "batch_size": 4, "epochs": 1, "threads": 1}
+    write_mnist(tmp_path / "data")
+    train(TrainConfig(out=tmp_path / "run", max_steps=4, **flags))
+    images = next((tmp_path / "data").glob("train-images*"))
+    written = images.read_bytes()
+    images.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    with pytest.raises(SetupError, match="data was "):
         train(TrainConfig(out=tmp_path / "run", resume=True, **flags))
 
 

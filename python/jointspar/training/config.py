@@ -167,8 +167,10 @@ class TrainConfig:
         if self.nesterov and self.momentum == 0:
             raise ValueError("--nesterov needs a --momentum above 0")
         steps = list(self.milestones or ())
-        if steps != sorted(steps) or any(not epoch > 0 for epoch in steps):
-            raise ValueError(f"--milestones must be positive and ascending, got {' '.join(map(str, steps))}")
+        if steps != sorted(steps) or any(not 0 < epoch < float("inf") for epoch in steps):
+            raise ValueError(
+                f"--milestones must be positive, finite and ascending (none: never), got {' '.join(map(str, steps))}"
+            )
 
     def _check_budget(self) -> None:
         if isinstance(self.budget, float) and not 0 < self.budget <= 1:

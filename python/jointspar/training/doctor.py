@@ -181,8 +181,8 @@ def _launcher_finding(library: str) -> Finding:
     if launcher is None:
         return Finding("note", "launcher", "no mpirun found", "put the mpirun of this MPI on PATH to use several ranks")
     shown = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False)
-    is_hydra = "HYDRA" in shown.stdout
-    first = "HYDRA (MPICH)" if is_hydra else next(iter(shown.stdout.splitlines()), "unknown")
+    is_hydra = any(name in shown.stdout for name in ("HYDRA", "Intel(R) MPI"))  # Intel's is one without the name
+    first = "HYDRA (MPICH)" if "HYDRA" in shown.stdout else next(iter(shown.stdout.splitlines()), "unknown")
     if is_hydra != library.startswith(("MPICH", "Intel")):
         advice = (
             f"it belongs to another MPI than {library}: each rank would be alone; use the mpirun beside this Python"
@@ -195,7 +195,7 @@ def _check_datasets() -> Iterator[Finding]:
     for name in DATASETS:
         try:
             dataset = load_dataset(name)
-        except DatasetError as error:
+        except (DatasetError, OSError) as error:
             problem, _, remedy = str(error).partition(f". For {name}: ")
             yield Finding("note", name, problem, remedy)
         else:

@@ -72,7 +72,6 @@ class Run:
         self.identity = identity | {"world_size": comm.world_size}
         self.progress = self._load() if config.resume else Progress()
         self.counted = _totals(self.optimizer.stats)  # what `progress` contains already
-        self.lr = float("nan")  # of the last step
         self.phase_ms: defaultdict[str, float] = defaultdict(float)  # summed over the epoch's steps
         self.phase_steps = 0
         self.num_steps = min(config.max_steps or config.epochs * len(batches), config.epochs * len(batches))
@@ -120,7 +119,7 @@ class Run:
         before_backward = time.perf_counter()
         loss.backward()
         after_backward = time.perf_counter()
-        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.progress.lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.phase_ms["forward"] += 1e3 * (before_backward - before_forward)
@@ -138,6 +137,7 @@ class Run:
         progress.skipped_steps += totals[2] - self.counted[2]
         self.counted = totals
         progress.active_sum += stats.active_fraction
+        progress.exchange = stats.exchange
         for name, ms in stats.phase_ms.items():
             self.phase_ms[name] += ms
         self.phase_steps += 1
@@ -198,7 +198,7 @@ class Run:
             if progress.batch
             else progress.epoch,
             "step": progress.step,
-            "lr": self.lr,
+            "lr": progress.lr,
             "seconds": progress.seconds,
             "bytes_sent": round(progress.bytes_sent),
             "active_fraction": self.optimizer.stats.active_fraction,
@@ -282,7 +282,7 @@ class Run:
             epochs=config.epochs,
             skipped_steps=progress.skipped_steps,
             simulated=self.comm.is_simulated,
-            exchange=self.optimizer.stats.exchange,
+            exchange=progress.exchange,
             layers=[layer.name for layer in self.optimizer.layers],
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )

@@ -112,10 +112,11 @@ def _draw_rate(axes: Axes, records: Sequence[Record]) -> None:
 
 def _draw_phases(axes: Axes, epochs: Sequence[Record]) -> None:
     """Mean time of one step by phase, in the order of the pipeline from top to bottom."""
+    timed = [record["phase_ms"] for record in epochs if record["phase_ms"]]  # none: a run continued at an epoch's end
     totals: dict[str, float] = {}
-    for record in epochs:
-        for name, ms in record["phase_ms"].items():
-            totals[name] = totals.get(name, 0.0) + ms / len(epochs)
+    for phase_ms in timed:
+        for name, ms in phase_ms.items():
+            totals[name] = totals.get(name, 0.0) + ms / len(timed)
     names = sorted(totals, key=lambda name: PHASE_ORDER.index(name) if name in PHASE_ORDER else len(PHASE_ORDER))
     bars = axes.barh(names, [totals[name] for name in names], color=_INK, height=0.65)
     axes.bar_label(bars, fmt="%.3g", padding=3)

@@ -64,6 +64,8 @@ class Progress:
     skipped_steps: int = 0
     train_loss: float = float("nan")
     test_accuracy: float = float("nan")
+    lr: float = float("nan")  # of the last step
+    exchange: str = ""  # how the last step's gradients were summed
 
 
 class MetricsFile:

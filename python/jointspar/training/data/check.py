@@ -15,7 +15,15 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from jointspar.training.data.class_folders import class_names, load_class_folders, read_picture_file
-from jointspar.training.data.datasets import default_folder, find_file, find_form, load_digits, read_part, remedy
+from jointspar.training.data.datasets import (
+    default_folder,
+    find_file,
+    find_form,
+    is_packaged,
+    load_digits,
+    read_part,
+    remedy,
+)
 from jointspar.training.data.pictures import Source, open_picture
 from jointspar.training.data.properties import PROPERTIES, DatasetProperties, Form
 from jointspar.training.data.readers import DatasetError
@@ -41,6 +49,7 @@ def check_dataset(name: str, data_dir: Path | None = None, *, is_full: bool = Fa
     each class folder or shard is decoded; with is_full every picture is.
     """
     properties, folder = PROPERTIES[name], data_dir or default_folder(name)
+    place = "scikit-learn" if is_packaged(properties) else folder
     counts: Counter[str] = Counter()
     for finding in examine(properties, folder, is_full=is_full):
         counts[finding.status] += 1
@@ -48,9 +57,9 @@ def check_dataset(name: str, data_dir: Path | None = None, *, is_full: bool = Fa
             tqdm.write(f"{finding.status:8} {finding.text}")
     problems = [f"{counts[status]:,} {status}" for status in ("missing", "damaged") if counts[status]]
     if problems:
-        print(f"{name} in {folder} is not sound: {', '.join(problems)}. To have it: {remedy(properties)}")
+        print(f"{name} in {place} is not sound: {', '.join(problems)}. To have it: {remedy(properties)}")
     else:
-        print(f"{name} in {folder} is complete and sound")
+        print(f"{name} in {place} is complete and sound")
     return not problems
 
 

@@ -34,7 +34,7 @@ class InMemory:
     @property
     def fingerprint(self) -> object:
         """Differs where ranks have different data."""
-        return self.labels
+        return [self.labels, self.images]
 
     def read(self, index: np.ndarray, key: tuple[int, ...] | None) -> torch.Tensor:
         """float32 [n, channels, size, size], normalised; augmented by random numbers of `key`, or for test without."""
@@ -71,6 +71,8 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     if name not in PROPERTIES:
         raise ValueError(f"dataset {name!r} is unknown: choose from {', '.join(PROPERTIES)}")
     properties = PROPERTIES[name]
+    if data_dir is not None and is_packaged(properties):
+        raise DatasetError(f"data_dir: {name} is not read from a folder, it is part of a package: leave it out")
     folder = Path(data_dir) if data_dir is not None else default_folder(name)
     try:
         form, folder = find_form(properties, folder)
@@ -80,11 +82,17 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     return Dataset(name, properties, train, test)
 
 
+def is_packaged(properties: DatasetProperties) -> bool:
+    """Whether a Python package holds it, and no folder."""
+    return all(form.kind == "package" for form in properties.forms)
+
+
 def default_folder(name: str) -> Path:
     """The folder that `load_dataset` reads when it is told none."""
     chosen = Path(os.environ.get(DATA_ROOT_VARIABLE) or "data") / name
     installed = Path(PROPERTIES[name].installed)
-    return installed if PROPERTIES[name].installed and installed.is_dir() and not chosen.is_dir() else chosen
+    is_known = os.path.isdir  # False of what may not be looked at, too
+    return installed if PROPERTIES[name].installed and is_known(installed) and not is_known(chosen) else chosen
 
 
 def remedy(properties: DatasetProperties) -> str:

@@ -74,7 +74,7 @@ def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
 def _learning_caption(experiment: Experiment) -> str:
     several = any(len(run["seeds"]) > 1 for run in experiment["runs"])
     over = " and over ".join(label for _, label, _ in _horizontal(experiment))
-    return f"Accuracy and loss over {over}." + " Bands: from the lowest to the highest seed." * several
+    return f"Accuracy and loss over {over}." + " Bands: from the lowest to the highest seed that is not lost." * several
 
 
 def _horizontal(experiment: Experiment) -> list[tuple[str, str, float]]:
@@ -182,8 +182,8 @@ def _draw_phases(experiment: Experiment) -> Figure:
 
 
 def _phase_ms(run: Mapping[str, Any]) -> dict[str, float]:
-    """Mean over all epochs of all seeds."""
-    epochs = [epoch["phase_ms"] for seed in run["seeds"] for epoch in seed["epochs"]]
+    """Mean over all epochs of all seeds, but for those of which only the end was left to a continued run."""
+    epochs = [epoch["phase_ms"] for seed in run["seeds"] for epoch in seed["epochs"] if epoch["phase_ms"]]
     names = {name for epoch in epochs for name in epoch}
     return {name: float(np.mean([epoch.get(name, 0.0) for epoch in epochs])) for name in names}
 
