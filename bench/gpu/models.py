@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bench.shapes import EXPANSION, STAGES
+from bench.shapes import BOTTLENECK_EXPANSION as EXPANSION
+from bench.shapes import RESNET50_STAGES
 
 
 def conv_norm(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -35,7 +36,7 @@ def resnet50(num_classes: int = 1000) -> nn.Sequential:
     """25.6 million parameters in 161 tensors."""
     blocks: list[nn.Module] = []
     channels = 64
-    for stage, (width, num_blocks) in enumerate(STAGES):
+    for stage, (width, num_blocks) in enumerate(RESNET50_STAGES):
         for block in range(num_blocks):
             blocks.append(Bottleneck(channels, width, stride=2 if stage > 0 and block == 0 else 1))
             channels = EXPANSION * width

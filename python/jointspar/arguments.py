@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointspar.device_arrays import Place, empty, place_of, to_device
+from jointspar.device_arrays import Place, empty, place_of, to_device, to_host
 
 FLOAT_NAMES = ("float32", "float64", "bfloat16", "float16")
 
@@ -228,8 +228,8 @@ def _host_array(name: str, value: Any) -> np.ndarray:
     if value is None or isinstance(value, (str, bytes, dict, set)):
         raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}")
     try:
-        if place_of(value) is not None:
-            value = torch.as_tensor(value, device="cpu")
+        if (place := place_of(value)) is not None:
+            return to_host(place, value)
         if isinstance(value, torch.Tensor):
             return value.detach().to("cpu").numpy()
         return np.asarray(value)

@@ -62,11 +62,7 @@ class OrderedWithTorch:
     def __init__(self, functions: Any, device: int, stream: int) -> None:
         self._functions = functions
         self._device = device
-        # torch takes any handle but that of the legacy default stream.
-        is_legacy = stream == _LEGACY_STREAM
-        self._stream = (
-            torch.cuda.default_stream(device) if is_legacy else torch.cuda.ExternalStream(stream, device=device)
-        )
+        self._stream = _torch_stream(device, stream)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._functions, name)
@@ -79,6 +75,24 @@ class OrderedWithTorch:
             return result
 
         return launch
+
+
+def _torch_stream(device: int, stream: int) -> torch.cuda.Stream:
+    """A stream by its handle; torch takes any but that of the legacy default stream."""
+    is_legacy = stream == _LEGACY_STREAM
+    return torch.cuda.default_stream(device) if is_legacy else torch.cuda.ExternalStream(stream, device=device)
+
+
+def to_host(place: Place, array: Array) -> np.ndarray:
+    """A copy of an array on the host, after the work that its library or `torch` put on its stream."""
+    if place.library == "cupy":
+        cupy = importlib.import_module("cupy")
+        with cupy.cuda.Device(place.device):
+            return np.asarray(array.get())
+    stream = named_stream(array)
+    if stream is not None:
+        torch.cuda.current_stream(place.device).wait_stream(_torch_stream(place.device, stream))
+    return torch.as_tensor(array, device="cpu").detach().numpy()
 
 
 def empty(place: Place, size: int, dtype: str) -> Array:

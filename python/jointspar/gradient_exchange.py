@@ -38,8 +38,11 @@ class Exchanged:
     is_finite: bool = True  # as far as the host knows
 
     def has_finite_norms(self) -> bool:
-        """Waits for the norms; the same on every rank, since all hold the same sum."""
-        return self.is_finite and self.norms is not None and bool(self.norms.isfinite().all())
+        """Waits for the norms, which become what the lesson says of them; the same on every rank, as the sum is."""
+        if not self.is_finite or self.norms is None:
+            return False
+        self.lesson.used = Reading(self.norms)
+        return bool(np.isfinite(self.lesson.used.wait()).all())
 
 
 class GradientExchange:

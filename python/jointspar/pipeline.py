@@ -141,7 +141,8 @@ class Pipeline:
                 idle=np.flatnonzero(idle),
                 skip_nonfinite=bool(self.sampling.lag),
             )
-            exchanged.lesson.used = Reading(norms)
+            if exchanged.lesson.used is None:  # else read before the update, for which nobody then has to wait
+                exchanged.lesson.used = Reading(norms)
             if exchanged.lesson.mean is None:
                 exchanged.lesson.mean = self._reading(norms, positions)
 

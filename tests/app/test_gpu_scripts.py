@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+import bench.gpu
 from bench.gpu import in_place
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +31,11 @@ def test_without_a_gpu_the_tests_say_so_and_build_nothing() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("test-gpu: torch")
     assert "building" not in result.stdout
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(bench.gpu.__path__)])
+def test_every_module_of_the_benchmarks_can_be_imported(name: str) -> None:
+    importlib.import_module(f"bench.gpu.{name}")
 
 
 def test_an_unknown_tool_is_refused() -> None:

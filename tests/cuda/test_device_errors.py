@@ -108,7 +108,7 @@ def test_a_backend_for_the_host_says_that_it_does_not_serve_a_device(monkeypatch
 
 def test_exchange_during_backward_is_for_parameters_on_the_host() -> None:
     with pytest.raises(ValueError, match="overlap: for parameters in host memory only"):
-        js.JointSparLARS([torch.nn.Parameter(ones())], lr=0.1, overlap=True)
+        js.JointSparLARS([torch.nn.Parameter(ones().reshape(2, 2))], lr=0.1, overlap=True)
 
 
 def test_arrays_on_two_devices_are_refused_by_name() -> None:

@@ -54,7 +54,10 @@ def test_a_device_that_does_not_finish_in_time_is_an_error() -> None:
     transport = local()
     transport.timeout = 0.1
     packed = torch.zeros(SIZE, device=DEVICE)
+    exchange = staged.Staged(double)
+    exchange(transport, packed, what="a step")  # allocates, which may wait
+    torch.cuda.synchronize()
     keep_busy(1000)
     with pytest.raises(CollectiveTimeout, match="the device did not finish"):
-        staged.Staged(double)(transport, packed, what="a step")
+        exchange(transport, packed, what="a step")
     torch.cuda.synchronize()

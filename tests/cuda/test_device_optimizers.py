@@ -160,8 +160,11 @@ def test_with_lag_a_step_neither_waits_for_the_device_nor_calls_what_waits(kind:
     parameters = equal_layers(40, 1000)
     settings = sampling(distribution=distribution, grouping="tensor")
     optimizer = kind(list(parameters.named_parameters()), sampling=settings)
-    for _ in range(30):
+    for turn in range(31):
         give_gradients(parameters)
+        if turn == 30:  # pinned memory for steps in flight is allocated while the device is busy
+            torch.cuda.synchronize()
+            keep_busy(500)
         optimizer.step()
     give_gradients(parameters)
     torch.cuda.synchronize()
@@ -173,6 +176,21 @@ def test_with_lag_a_step_neither_waits_for_the_device_nor_calls_what_waits(kind:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not before.query()  # the kernel that was put there before the step is still at work
+
+
+@both_kinds
+def test_with_lag_the_first_steps_call_nothing_that_waits(kind: Any) -> None:
+    """They draw layers of which no norm is known yet."""
+    parameters = equal_layers(40, 1000)
+    optimizer = kind(list(parameters.named_parameters()), sampling=sampling(grouping="tensor"))
+    torch.cuda.synchronize()
+    for _ in range(5):
+        give_gradients(parameters)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_without_lag_a_step_does_wait() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from device_support import DEVICE
@@ -17,6 +18,12 @@ from jointspar.training.start import train
 pytestmark = pytest.mark.cuda
 
 SHORT: dict[str, Any] = {"batch_size": 64, "epochs": 2, "base_lr": 0.4, "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the host: TensorFloat-32 could tip a draw."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def run(out: Path, device: str, **changes: Any) -> Summary:

@@ -6,6 +6,11 @@ when each one was made and when somebody waited for it.
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import is_tensor, nn
@@ -13,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jointspar as js
-from jointspar import learning, ops, pipeline
+from jointspar import gradient_exchange, learning, ops, pipeline
 from jointspar.device_arrays import Reading
+from jointspar.step.update import LarsUpdate, SgdUpdate
 
 OPERATIONS = (
     "sample_layers", "project_probabilities", "update_probabilities", "pack_gradients", "unpack_gradients",
@@ -57,7 +63,7 @@ class Diary:
                 diary.waited_at_once += self.made == diary.now
                 return super().wait()
 
-        for module in (pipeline, learning):
+        for module in (pipeline, learning, gradient_exchange):
             monkeypatch.setattr(module, "Reading", NotedReading)
 
 
@@ -76,6 +82,58 @@ def test_with_lag_nothing_is_waited_for_in_the_step_that_computes_it(
         step(model, optimizer, seed=diary.now, **arguments)
     assert diary.num_made >= 24
     assert diary.waited_at_once == 0
+
+
+@pytest.mark.parametrize(("kind", "update"), [(js.JointSparLARS, LarsUpdate), (js.JointSparSGD, SgdUpdate)])
+def test_without_lag_nothing_is_read_back_that_comes_after_the_update(kind, update, monkeypatch):
+    diary = Diary(monkeypatch)
+    apply = update.apply
+    made_before_update = []
+
+    def noted(*arguments, **settings):
+        made_before_update.append(diary.num_made)
+        return apply(*arguments, **settings)
+
+    monkeypatch.setattr(update, "apply", noted)
+    model = make_model()
+    optimizer = kind(model.named_parameters(), sampling=js.Sampling(budget=0.5))
+    for seed in range(3):
+        step(model, optimizer, seed=seed)
+        assert diary.num_made == made_before_update[-1] > 0
+    assert diary.waited_at_once > 0
+
+
+def test_settings_in_an_array_of_cupy_are_read_by_cupy_itself(monkeypatch):
+    """On its own stream, in order with what computed them there."""
+    devices = []
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=_Entered(devices))))
+
+    class OnDevice:
+        __module__ = "cupy.stand_in"
+
+        def __dlpack_device__(self):
+            return 2, 3
+
+        def get(self):
+            assert devices == [3]
+            return np.array([2.0, 3.0])
+
+    grads = [torch.ones(2), torch.ones(1)]
+    packed, _ = ops.pack_gradients(grads, OnDevice())
+    assert packed.tolist() == [2.0, 2.0, 3.0]
+
+
+class _Entered:
+    """Notes the arguments of the contexts that are entered now."""
+
+    def __init__(self, now):
+        self._now = now
+
+    @contextmanager
+    def __call__(self, argument):
+        self._now.append(argument)
+        yield
+        self._now.pop()
 
 
 def test_without_lag_the_norms_are_read_in_the_same_step(monkeypatch):

@@ -131,11 +131,15 @@ class StreamMemory:
         return Workspace(self._table.address, counters, counters + SKIP_STATE.itemsize, self._doubles.address)
 
 
-_memories: dict[tuple[int, int], StreamMemory] = {}
+_PER_THREAD_STREAM = 2  # cudaStreamPerThread: the same handle is another stream in each thread
+
+_memories: dict[tuple[int, int, int], StreamMemory] = {}
 _memories_lock = threading.Lock()
 
 
 def _memory_of(queue: Queue) -> StreamMemory:
     """By the stream's handle, as CuPy's own memory pool tells streams apart."""
+    handle = queue.stream.ptr
+    thread = threading.get_ident() if handle == _PER_THREAD_STREAM else 0
     with _memories_lock:
-        return _memories.setdefault((queue.device, queue.stream.ptr), StreamMemory())
+        return _memories.setdefault((queue.device, handle, thread), StreamMemory())

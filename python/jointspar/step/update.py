@@ -206,7 +206,8 @@ class LarsUpdate:
             return np.where(same, self._host_norms[positions], np.nan)
         carried = self._norms[host_index(positions, self._norms.device)]
         if not same.all():
-            carried[host_index(np.flatnonzero(~same), carried.device)] = torch.nan
+            # By an assignment torch would copy the number to the device, and wait for that.
+            carried.index_fill_(0, host_index(np.flatnonzero(~same), carried.device), torch.nan)
         return carried
 
 

@@ -68,6 +68,8 @@ def _set_up(config: TrainConfig, comm: Transport, load: Callable[..., Dataset]) 
         batches = training_batches(dataset.train, config.batch_size, comm.rank, comm.world_size, config.seed)
         check_warmup(config, comm.world_size)
         device = find_device(config)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else whatever asks for the current one makes a context on the first
         samples = stable_hash([dataset.train.fingerprint, dataset.test.fingerprint])
         identity["data"] = f"{len(dataset.train)} + {len(dataset.test)} images, {samples:016x}"
         if comm.rank == 0:
