@@ -18,6 +18,7 @@ from jointspar.gradient_sum import GradientSum
 
 _latest: weakref.WeakKeyDictionary[Transport, weakref.ref[EarlyExchange]] = weakref.WeakKeyDictionary()
 Job = Callable[[], None]
+_CHANGED = "gradients were changed after backward; clip by step(max_norm=...)"
 
 
 class _Phase(Enum):
@@ -97,20 +98,23 @@ class EarlyExchange:
     def finish(self) -> GradientSum | None:
         """Pack and send what is left, zeros where no gradient came. Returns the sum, or None where it is void.
 
-        A change of a gradient is seen by autograd's version counter, which writes through `.data` do not move.
+        A change of a gradient is seen by autograd's version counter, and by its norm where that does not count it: in
+        GradScaler's `unscale_`, and in writes through `.data`.
         Raises what the exchange raised.
         """
         if self._phase == _Phase.ARMED:
             self._open()
         total = self._sum
         if self._phase == _Phase.UNDER_WAY:
+            if total is not None and total.has_other_norms():  # measured while buckets travel
+                self.why_void = self.why_void or _CHANGED
             self._transport.is_in_background = False
             for missing in self._missing:
                 missing.clear()
             self._pack_while_full()
             self._end()
         if any(self._has_changed(*packed) for packed in self._packed):
-            self.why_void = self.why_void or "gradients were changed after backward; clip by step(max_norm=...)"
+            self.why_void = self.why_void or _CHANGED
         return None if self.why_void else total
 
     def _open(self) -> None:

@@ -9,6 +9,8 @@ from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices
 from jointspar.step.packing import PackedLayout, Packer
 
+_SAME = 1e-6  # of squared norms, which packing and measuring add up in their own orders
+
 
 class GradientSum:
     """What a step packs and exchanges. Every rank exchanges the same buckets in the same order.
@@ -55,6 +57,14 @@ class GradientSum:
         _, squared_norms = self._packer.pack(self.layout.buckets[bucket], self._wanted, self._scales)
         self._norms.append(squared_norms)
         return bucket
+
+    def has_other_norms(self) -> bool:
+        """Whether gradients that are packed have changed in their norms since."""
+        for layout, before in zip(self.layout.buckets, self._norms, strict=False):
+            now = self._packer.squared_norms(layout, self._wanted)
+            if not np.allclose(now, before, rtol=_SAME, atol=0.0, equal_nan=True):
+                return True
+        return False
 
     def squared_norms(self) -> torch.Tensor | np.ndarray:
         """float64 [num_slices]: of this rank's gradients before they were scaled, once all are packed."""

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import compare
@@ -18,7 +16,6 @@ from jobs import find_launcher, run_job
 from results import SCHEMA, STEP_SCHEMA
 from step import jobs as step_jobs
 from step.methods import METHODS, PHASES, Laps
-from step.peers import TorchLars
 from step.summary import cell_of, table
 
 
@@ -148,24 +145,3 @@ def test_job_that_cannot_run_is_reported(
     assert steps.main(["--quick", "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_lars_of_the_peers_is_lars(rng: np.random.Generator) -> None:
-    lr, momentum, decay, trust, eps = 0.1, 0.9, 1e-2, 0.02, 1e-9
-    start = [rng.standard_normal(shape) for shape in [(4, 3), (3,), (2, 2, 2)]]
-    params = [torch.tensor(values, requires_grad=True) for values in start]
-    optimizer = TorchLars(params, lr=lr, momentum=momentum, weight_decay=decay, trust_coefficient=trust, eps=eps)
-    expected, momenta = [values.copy() for values in start], [np.zeros_like(values) for values in start]
-    for _ in range(3):
-        for index, (param, weights, buffer) in enumerate(zip(params, expected, momenta, strict=True)):
-            grad = rng.standard_normal(weights.shape)
-            param.grad = torch.tensor(grad)
-            norm, rate, decayed = np.linalg.norm(weights), 1.0, grad
-            if index != 1:
-                rate = trust * norm / (np.linalg.norm(grad) + decay * norm + eps)
-                decayed = grad + decay * weights
-            buffer[:] = momentum * buffer + rate * decayed
-            weights -= lr * buffer
-        optimizer.step()
-    for param, weights in zip(params, expected, strict=True):
-        np.testing.assert_allclose(param.detach().numpy(), weights, rtol=1e-12)

@@ -126,6 +126,31 @@ def share_what_is_left():
     print("DONE", flush=True)
 
 
+def leave_what_travels_during_backward():
+    """Shrunk with buckets still under way: their thread lets go of the old transport before its parts are dropped."""
+    comm, meeting = js.comm.mpi(on_failure="shrink"), js.comm.mpi(on_failure="shrink")
+    model = build_model()
+    optimizer = build_optimizer(model, comm=comm, overlap=True)
+    chooser, chooser_exchange = optimizer._pipeline.chooser, optimizer._pipeline.chooser.exchange
+
+    def exchange_slowly(*given, **named):
+        time.sleep(0.3)
+        chooser_exchange(*given, **named)
+
+    chooser.exchange = exchange_slowly
+    backward(model, comm.rank, 0)
+    meeting.start_headers(np.zeros(1, dtype=np.int64), what="all are here").wait()
+    go_on(optimizer)
+    assert comm.is_closed and comm._borrower is None and optimizer.comm.world_size == meeting.world_size
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, optimizer.comm.rank, step)
+        optimizer.step()
+    assert_same_on_all_ranks(optimizer.comm, model)
+    optimizer.finish()
+    print("DONE", flush=True)
+
+
 def raise_on_one_rank():
     comm = js.comm.mpi(on_failure="shrink")
     comm.allreduce(torch.ones(3), what="step 1")

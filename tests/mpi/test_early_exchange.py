@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import sys
 import threading
 import time
@@ -88,7 +89,7 @@ def train_with_and_without() -> None:
     ("launcher", "num_ranks"), [("mpirun", 2), ("mpirun", 3), ("torchrun", 2)], indirect=["launcher"]
 )
 def test_overlap_changes_no_sum(run_ranks: Any, num_ranks: int) -> None:
-    run_ranks(num_ranks, train_with_and_without)
+    run_ranks(num_ranks, train_with_and_without, timeout=200)
 
 
 def exchange_before_backward_ends() -> None:
@@ -151,8 +152,8 @@ def leave_in_the_middle_of_backward() -> None:
 @pytest.mark.parametrize("program", [leave_between_backward_and_step, leave_in_the_middle_of_backward])
 def test_a_rank_that_exits_during_an_exchange_ends_the_job(run_ranks: Any, program: Any) -> None:
     job = run_ranks(2, program, expect_code=None)
-    assert "DesyncError: rank 0: the ranks are about to do different things" in job.output
-    assert job.seconds_after("FAULT") < 5
+    assert re.search(r"DesyncError: rank [01]: the ranks are about to do different things", job.output)
+    assert job.seconds_after("FAULT") < 10
 
 
 def fail_in_the_middle_of_backward() -> None:

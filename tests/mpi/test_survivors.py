@@ -54,6 +54,11 @@ def test_two_optimizers_on_a_transport_that_shrinks_both_go_on(run_mortals, num_
     assert job.output.count("DONE") == num_ranks and job.code == 0, job.output
 
 
+def test_a_transport_may_be_shrunk_while_buckets_travel(run_mortals):
+    job = run_mortals(2, "leave_what_travels_during_backward")
+    assert job.output.count("DONE") == 2 and job.code == 0, job.output
+
+
 def test_an_exception_still_ends_the_whole_job(run_mortals):
     job = run_mortals(2, "raise_on_one_rank")
     assert job.code not in (0, None) and "ZeroDivisionError: the fault" in job.output, job.output

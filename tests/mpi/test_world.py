@@ -11,7 +11,7 @@ from jointspar.errors import JointSparError
 
 LAUNCHER_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "PMIX_RANK",
-    "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 
 
@@ -48,6 +48,14 @@ def test_a_launcher_without_mpi4py_is_refused(plain_process, name, value):
 def test_a_single_task_of_a_batch_system_needs_no_mpi4py(plain_process):
     plain_process.setenv("PMIX_RANK", "0")
     plain_process.setitem(sys.modules, "mpi4py", None)
+    assert world().name == "local"
+
+
+def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(plain_process):
+    plain_process.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(JointSparError, match="srun started 4 tasks and tells none"):
+        world()
+    plain_process.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert world().name == "local"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from step.peers import ForeachLars, TopK
+from step.peers import TopK, TorchLars
 
 LARS = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, "eps": 1e-8}
 SHAPES = [(5, 7), (7,), (3, 2, 2), (1,), (4, 4)]
@@ -35,13 +35,13 @@ def expected_lars(w: torch.Tensor, u: torch.Tensor, g: torch.Tensor) -> None:
     w.sub_(LARS["lr"] * u)
 
 
-def test_foreach_lars_is_lars_over_several_steps() -> None:
+def test_lars_of_the_peers_is_lars_over_several_steps() -> None:
     random = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=random) for shape in SHAPES]
     params[4].zero_()  # its local rate is 1
     expected = [param.double() for param in params]
     momenta = [torch.zeros_like(w) for w in expected]
-    optimizer = ForeachLars(params, **LARS)
+    optimizer = TorchLars(params, **LARS)
     for _ in range(3):
         for param, w, u in zip(params, expected, momenta, strict=True):
             param.grad = torch.randn(param.shape, generator=random)

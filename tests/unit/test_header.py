@@ -39,6 +39,7 @@ class ThreadTransport:
     """The part of a transport that an agreement uses."""
 
     is_closed = True  # nothing to finish when the tests' own process exits
+    borrower_met = None  # the error of a thread that the transport is lent to
 
     def __init__(self, board, rank):
         self.board, self.rank, self.world_size = board, rank, board.world_size
@@ -49,16 +50,22 @@ class ThreadTransport:
             own.append(words.copy())
             self.board.changed.notify_all()
             number = len(own) - 1
-        return PendingMeeting(self.board, number)
+        return PendingMeeting(self, number)
+
+    def take_back(self):
+        if self.borrower_met is not None:
+            error, self.borrower_met = self.borrower_met, None
+            raise error
 
 
 @dataclass
 class PendingMeeting:
-    board: Board
+    transport: ThreadTransport
     number: int
 
     def wait(self):
-        return self.board.meet(self.number)
+        self.transport.take_back()
+        return self.transport.board.meet(self.number)
 
 
 def run_threads(world_size, program: Callable):
@@ -313,6 +320,35 @@ def test_a_plan_stays_until_the_next_one_is_posted():
         return agreed.wait_plan().all() and agreed.wait_plan().all()
 
     assert run_threads(2, program) == [True, True]
+
+
+def test_a_plan_that_could_not_be_waited_for_is_still_the_one_in_force():
+    """Another optimizer's exchange during backward failed first."""
+
+    def program(transport):
+        agreed = agreement(transport)
+        agreed.post_plan(0, np.ones(3, dtype=bool))
+        agreed.wait_plan()
+        agreed.post_plan(1, np.zeros(3, dtype=bool))
+        transport.borrower_met = DesyncError("the other optimizer's")
+        with pytest.raises(DesyncError, match="the other optimizer's"):
+            agreed.wait_plan()
+        return agreed.wait_plan().any()
+
+    assert run_threads(2, program) == [False, False]
+
+
+def test_finish_tells_what_an_exchange_during_backward_met():
+    def program(transport):
+        agreed = agreement(transport)
+        with pytest.raises(DesyncError) as met:
+            agreed.go(Op.OVERLAP, step=transport.rank)
+        transport.borrower_met = met.value
+        with pytest.raises(DesyncError, match="different things"):
+            agreed.finish()
+        return "told"
+
+    assert run_threads(2, program) == ["told", "told"]
 
 
 class Answering:

@@ -17,6 +17,7 @@ __all__ = ["local", "mpi", "run_simulated", "torch_dist", "world"]
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # PMIx alone tells no size
+_SRUN_VARIABLE = "SLURM_STEP_NUM_TASKS"
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # RANK and WORLD_SIZE may also be set by hand, under mpirun too
 
 _world: Transport | None = None
@@ -30,8 +31,8 @@ def world() -> Transport:
     WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand, or torch.distributed initialised by the program, do as torchrun
     does, unless an MPI launcher is there. A plain single process, or a launcher that says 1 rank, imports no MPI and
     starts no group. Raises JointSparError when the launcher started several ranks but mpi4py is missing or belongs to
-    another MPI than the launcher, or WORLD_SIZE speaks of several ranks without the rest (each rank would then train
-    alone).
+    another MPI than the launcher, or WORLD_SIZE speaks of several ranks without the rest, or srun started several tasks
+    that it tells nothing of each other (each rank would then train alone).
     """
     global _world
     rank = current_rank()
@@ -52,7 +53,20 @@ def _make_world() -> Transport:
     is_size_unknown = "PMIX_RANK" in os.environ and not any(name in os.environ for name in _SIZE_VARIABLES)
     if num_launched > 1 or is_size_unknown or _is_mpi_running():
         return _mpi_world(num_launched)
-    return torch_dist() if num_torch > 1 or is_torch_dist_running() else local()
+    if num_torch > 1 or is_torch_dist_running():
+        return torch_dist()
+    if _number((_SRUN_VARIABLE,)) > 1 and num_torch == 0 and not _has_launcher():
+        raise JointSparError(
+            f"srun started {os.environ[_SRUN_VARIABLE]} tasks and tells none of the others, so each would train "
+            "alone: use srun --mpi=pmix (or pmi2, as the MPI was built), or mpirun; for tasks that are meant to be "
+            "alone, comm=jointspar.comm.local()"
+        )
+    return local()
+
+
+def _has_launcher() -> bool:
+    """Whether an MPI's launcher has said anything, be it that there is one rank."""
+    return any(name in os.environ for name in (*_SIZE_VARIABLES, *_RANK_VARIABLES))
 
 
 def _mpi_world(num_launched: int) -> Transport:

@@ -8,24 +8,26 @@ import threading
 import time
 from types import TracebackType
 
-from jointspar.comm.transport import PEER_GRACE_SECONDS, Transport
+from jointspar.comm.refusals import CheckedTransport
+from jointspar.comm.transport import PEER_GRACE_SECONDS
 from jointspar.errors import JointSparError
 
-_OUTPUT_SECONDS = 0.2  # in which the launcher hands on what was printed; an abort may drop it
+_OUTPUT_SECONDS = 1.0  # in which the launcher hands on what was printed; an abort may drop it
 
-_installed = False
+_transports: list[CheckedTransport] = []  # that end all ranks
 
 
-def abort_on_uncaught(transport: Transport) -> None:
+def abort_on_uncaught(transport: CheckedTransport) -> None:
     """Make an exception that leaves the program end all ranks, after its traceback was printed as before.
 
     A thread's exception does so only if it is a JointSparError: other threads may fail without harm to the ranks.
-    Installed once a process; processes forked later keep the usual behaviour.
+    Of several transports the one that failed does it, which has recorded how. Processes forked later keep the usual
+    behaviour.
     """
-    global _installed
-    if _installed:
+    is_installed = bool(_transports)
+    _transports[:] = [each for each in _transports if not each.is_closed] + [transport]
+    if is_installed:
         return
-    _installed = True
     previous, previous_in_thread, pid = sys.excepthook, threading.excepthook, os.getpid()
 
     def end_job(error: BaseException | None) -> None:
@@ -33,7 +35,9 @@ def abort_on_uncaught(transport: Transport) -> None:
             return
         sys.stderr.flush()
         time.sleep(PEER_GRACE_SECONDS if isinstance(error, JointSparError) else _OUTPUT_SECONDS)
-        transport.abort(f"uncaught {type(error).__name__}")
+        still_open = [each for each in _transports if not each.is_closed]
+        failed = [each for each in still_open if each._failure is not None]
+        (failed or still_open or _transports)[-1].abort(f"uncaught {type(error).__name__}")
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         previous(kind, error, traceback)

@@ -117,7 +117,7 @@ class Agreement:
         if active.shape != (len(self._layer_names),):
             raise ValueError(f"active must be bool [{len(self._layer_names)}], not shape {active.shape}")
         self._complete_plan()
-        self._step = int(step)
+        self._step, self._plan = int(step), None
         if self._transport.world_size == 1:
             self._plan = active[None].copy()
             return
@@ -209,6 +209,7 @@ class Agreement:
 
     def finish(self) -> None:
         """Agree that all ranks are done; again after that it does nothing. Runs at exit where nobody called it."""
+        self._transport.take_back()  # from an exchange during backward, in which the ranks may have disagreed
         if self._is_over:
             return
         self.go(Op.FINISH, step=self._step)
@@ -222,8 +223,8 @@ class Agreement:
     def _complete_plan(self) -> None:
         if self._pending_plan is None:
             return
-        pending, self._pending_plan = self._pending_plan, None
-        rows = pending.wait()
+        rows = self._pending_plan.wait()
+        self._pending_plan = None
         self._compare(rows, describe(Op.PLAN, self._step), "the shared probabilities or draws differ")
         bits = np.ascontiguousarray(rows[:, NUM_FIXED:]).view(np.uint8)
         self._plan = np.unpackbits(bits, axis=1, bitorder="little")[:, : len(self._layer_names)].astype(bool)

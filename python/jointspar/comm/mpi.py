@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -177,6 +178,8 @@ class MpiTransport(ProcessTransport):
         if self._options.on_failure != "shrink":
             raise JointSparError("only a transport made with on_failure='shrink' goes on without the ranks that died")
         self._revoke()  # whoever waits for this rank learns of it
+        with suppress(JointSparError):  # an exchange during backward ends with it
+            self.take_back()
         self._drop_requests()
         survivors: list[Any] = []
         with self._watch("shrink"):  # blocking: Open MPI's Ishrink fails where a rank has died
@@ -199,7 +202,7 @@ class MpiTransport(ProcessTransport):
                 _in_flight.discard(pending)
 
     def _unfinished(self) -> list[_Pending]:
-        return [pending for pending in _in_flight if pending._transport is self]
+        return [pending for pending in list(_in_flight) if pending._transport is self]  # others change it
 
     def _has_ended(self, request: Any, until: float) -> bool:
         """Whether MPI certainly touches the request's memory no more; waits for that for a while."""

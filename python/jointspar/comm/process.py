@@ -45,7 +45,7 @@ class ProcessTransport(CheckedTransport):
         self._warn_seconds = options.warn
         atexit.register(self._leave)
         if options.on_failure != "raise" and world_size > 1:
-            abort_on_uncaught(self)  # type: ignore[arg-type]  # before the first operation that could fail
+            abort_on_uncaught(self)  # before the first operation that could fail
 
     def abort(self, message: str) -> None:
         with watched(_ABORT_SECONDS, f"rank {self.rank} leaves by _exit: its abort did not end"):

@@ -55,6 +55,9 @@ class CheckedTransport:
     def fail(self, reason: str) -> None:
         self._failure = self._failure or reason
 
+    def abort(self, message: str) -> None:
+        raise NotImplementedError
+
     def _is_shut_down(self) -> bool:
         """Whether somebody ended the library below."""
         return False

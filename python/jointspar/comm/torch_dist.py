@@ -36,6 +36,11 @@ _SLICE_SECONDS = 0.5  # of one uninterruptible wait for a collective
 _OWN_DEADLINE = timedelta(days=30)  # gloo counts from the start of a collective, we from the start of the wait for it
 
 
+def _deadline(seconds: float) -> timedelta:
+    """For gloo, which knows no infinite one."""
+    return min(timedelta(seconds=min(seconds, 1e9)), _OWN_DEADLINE)
+
+
 class TorchTransport(ProcessTransport):
     """Operations among the ranks of a torch.distributed group; see `Transport` and `torch_dist`."""
 
@@ -54,7 +59,7 @@ class TorchTransport(ProcessTransport):
     def _private_group(self, ranks: list[int]) -> Any:
         """A group of our own. Gloo's deadline ends its construction where a rank stays away, and no later wait."""
         is_part = len(ranks) < dist.get_world_size()
-        deadline = timedelta(seconds=self.timeout)
+        deadline = _deadline(self.timeout)
         with self._watch("start"):
             group = self._call("start", dist.new_group, ranks, deadline, "gloo", use_local_synchronization=is_part)
         group._get_backend(torch.device("cpu"))._set_default_timeout(_OWN_DEADLINE)
@@ -203,7 +208,7 @@ class _Message:
         transport._check_usable(what)
         try:
             with transport._watch(what):
-                transport._call(what, self._work.wait, timedelta(seconds=transport.timeout))
+                transport._call(what, self._work.wait, _deadline(transport.timeout))
         except BaseException as error:
             transport.fail(f"{what} was left by {type(error).__name__}")
             raise

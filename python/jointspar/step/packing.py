@@ -118,11 +118,21 @@ class Packer:
         Returns: (packed [layout.total] of the wire dtype, squared norms float64 [num_slices] before scaling).
         An active parameter without a gradient packs zeros and warns once.
         """
-        packed = self.buffer(layout)
-        wanted = zip(layout.positions.tolist(), computed[layout.positions].tolist(), strict=True)
-        grads = [self._grad(position) if is_wanted else None for position, is_wanted in wanted]
+        packed, grads = self.buffer(layout), self._grads(layout, computed)
         _, squared_norms = ops.pack_gradients(grads, scales[layout.positions], layout=layout.sizes, out=packed)
         return packed, squared_norms
+
+    def squared_norms(self, layout: PackedLayout, computed: np.ndarray) -> np.ndarray:
+        """Those that `pack` would return, of gradients on the host."""
+        squared = np.zeros(layout.positions.size)
+        grads = self._grads(layout, computed)
+        present = [index for index, grad in enumerate(grads) if grad is not None]
+        squared[present] = ops.squared_norms([grads[index] for index in present]) if present else 0.0
+        return squared
+
+    def _grads(self, layout: PackedLayout, computed: np.ndarray) -> list[torch.Tensor | None]:
+        wanted = zip(layout.positions.tolist(), computed[layout.positions].tolist(), strict=True)
+        return [self._grad(position) if is_wanted else None for position, is_wanted in wanted]
 
     def unpack_views(self, layout: PackedLayout, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of the buffer's slices by parameter name, in the parameters' shapes."""
