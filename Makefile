@@ -18,11 +18,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-faults test-mutations test-sanitize fuzz test-gpu bench-gpu
+.PHONY: help demo test build-tests test-cpp test-python test-faults test-mutations test-sanitize fuzz test-gpu bench-gpu
 .PHONY: lint format bench clean clean-all
 .DEFAULT_GOAL := help
 
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Of a path with a space abspath makes two.
+VENV_PYTHON = $$(realpath -s $(VENV))/bin/python
+export PATH := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip install -qq -c constraints.txt
 JOBS := $(shell nproc 2>/dev/null || echo 2)
@@ -49,14 +51,14 @@ help:
 # torch first and alone, so that no other requirement decides which build of it is taken.
 $(VENV)/.stamp-base: constraints.txt
 	@echo "== $(VENV): torch and the build tools"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) setuptools wheel pybind11 cmake ninja numpy
 	@touch $@
 
 $(VENV)/.stamp-project: $(VENV)/.stamp-base $(BUILD_FILES) $(NATIVE_SOURCES)
 	@echo "== $(VENV): jointspar, compiled and installed editable, with MPI"
-	@JOINTSPAR_BUILD_DIR=$(abspath $(BUILD)) $(PIP) --no-build-isolation -e '.[mpi,train]'
+	@JOINTSPAR_BUILD_DIR="$(CURDIR)/$(BUILD)" $(PIP) --no-build-isolation -e '.[mpi,train]'
 	@touch $@
 
 # The project is installed by now, so its extras resolve from it without another build.
@@ -72,13 +74,17 @@ demo: $(VENV)/.stamp-project
 
 test: test-cpp test-python
 
-test-cpp: $(VENV)/.stamp-project
-	@echo "== C++ tests"
-	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python > /dev/null
+# What the C++ tests are, and what Python tests load of them.
+build-tests: $(VENV)/.stamp-project
+	@echo "== C++ tests: compiled"
+	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DPython_EXECUTABLE="$(VENV_PYTHON)" > /dev/null
 	@cmake --build $(BUILD) --target cpp_tests -- --quiet
+
+test-cpp: build-tests
+	@echo "== C++ tests"
 	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error | tail -n +2
 
-test-python: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
+test-python: build-tests $(VENV)/.stamp-extra-test
 	@echo "== Python tests"
 	@JOINTSPAR_REQUIRE_MPI=1 $(VENV)/bin/python -m pytest tests -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
@@ -95,7 +101,7 @@ test-faults: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== faults: checkpoints, Open MPI, MPICH; counts in tests/faults/REPORT.md"
 	@$(VENV)/bin/python tests/faults/checkpoints.py $(FAULTS_ARGS)
 	@$(VENV)/bin/python tests/faults/campaign.py --name "Open MPI" $(FAULTS_ARGS)
-	@if $(MAKE) $(MPICH_VENV)/.stamp; then PATH="$(abspath $(MPICH_VENV))/bin:$$PATH" $(MPICH_VENV)/bin/python \
+	@if $(MAKE) $(MPICH_VENV)/.stamp; then PATH="$$(realpath $(MPICH_VENV))/bin:$$PATH" $(MPICH_VENV)/bin/python \
 	    tests/faults/campaign.py --name MPICH $(FAULTS_ARGS); \
 	  else echo "== faults: MPICH skipped, since it could not be installed"; fi
 
@@ -106,12 +112,12 @@ test-mutations: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 test-sanitize: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== C++ and operation tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DJOINTSPAR_SANITIZE=address,undefined \
-	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python \
-	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZE_BUILD))/jointspar_ext > /dev/null
+	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE="$(VENV_PYTHON)" \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/$(SANITIZE_BUILD)/jointspar_ext" > /dev/null
 	@cmake --build $(SANITIZE_BUILD) -- --quiet
 	@cp jointspar_ext/__init__.py $(SANITIZE_BUILD)/jointspar_ext
 	@$(SANITIZED) ctest --test-dir $(SANITIZE_BUILD) --output-on-failure --no-tests=error | tail -n +2
-	@$(SANITIZED) LD_PRELOAD="$(ASAN_RUNTIMES)" PYTHONPATH=$(abspath $(SANITIZE_BUILD)) JOINTSPAR_BACKEND=native \
+	@$(SANITIZED) LD_PRELOAD="$(ASAN_RUNTIMES)" PYTHONPATH="$(CURDIR)/$(SANITIZE_BUILD)" JOINTSPAR_BACKEND=native \
 	    $(VENV)/bin/python -m pytest -o pythonpath="$(SANITIZE_BUILD) python tests tests/fuzz" -p no:cacheprovider -q \
 	    $(SANITIZE_TESTS) -k "not numba and not reference" $(PYTEST_ARGS)
 

@@ -34,11 +34,13 @@ class CMakeBuild(build_ext):
     """Configures and builds all modules at once where setuptools expects the first.
 
     JOINTSPAR_BUILD_DIR names a folder that outlives this build, so that the next one compiles only what changed.
+    Elsewhere CMake forgets what it found before: pip removes the ninja of an isolated build with its environment.
     """
 
     def build_extension(self, ext: Extension) -> None:
         if ext is not self.extensions[0]:
             return  # built with the first, where a CUDA compiler was found
+        Path(self.get_ext_fullpath("jointspar_ext._cuda")).unlink(missing_ok=True)  # of a build with other settings
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(os.environ.get("JOINTSPAR_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
@@ -53,16 +55,20 @@ class CMakeBuild(build_ext):
             f"-DJOINTSPAR_VERSION={self.distribution.get_version()}",
             f"-DJOINTSPAR_CUDA_EXT={os.environ.get('JOINTSPAR_CUDA_EXT', 'auto')}",
         ]  # fmt: skip
+        if not os.environ.get("JOINTSPAR_BUILD_DIR"):
+            configure.append("--fresh")
         if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ:
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build_dir), "--target", "extensions", "--parallel", jobs], check=True)
 
 
+# JOINTSPAR_BUILD_NATIVE=0: for the numba backend, where there is no compiler.
+EXTENSIONS = [
+    Extension("jointspar_ext._core", sources=[]),
+    Extension("jointspar_ext._cuda", sources=[], optional=True),
+]
 setup(
-    ext_modules=[
-        Extension("jointspar_ext._core", sources=[]),
-        Extension("jointspar_ext._cuda", sources=[], optional=True),
-    ],
+    ext_modules=[] if os.environ.get("JOINTSPAR_BUILD_NATIVE") == "0" else EXTENSIONS,
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithCudaSources},
 )

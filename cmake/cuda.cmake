@@ -5,6 +5,9 @@ if(JOINTSPAR_CUDA_EXT STREQUAL "0")
 endif()
 
 include(CheckLanguage)
+if(NOT CMAKE_CUDA_COMPILER)
+  unset(CMAKE_CUDA_COMPILER CACHE)  # that none was found once may have changed
+endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   if(JOINTSPAR_CUDA_EXT STREQUAL "1")

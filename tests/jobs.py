@@ -85,15 +85,23 @@ def run_job(command: list[str], timeout: float, env: dict[str, str] | None = Non
     return job
 
 
-def try_job(command: list[str], timeout: float, env: dict[str, str] | None = None) -> Finished:
-    """A job with an end, one way or the other."""
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, for children that are to find the project, installed or not."""
     paths = [str(_ROOT / folder) for folder in ("python", "", "tests", "tests/faults", "bench")]
     paths.append(os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
+
+
+def try_job(command: list[str], timeout: float, env: dict[str, str] | None = None) -> Finished:
+    """A job with an end, one way or the other."""
     mark = uuid.uuid4().hex
-    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
-    environment["JOINTSPAR_TEST_JOB"] = mark
     job = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=environment(**(env or {}), JOINTSPAR_TEST_JOB=mark),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     code, orphans = None, 0
     try:

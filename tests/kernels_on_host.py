@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -57,9 +58,9 @@ def _built(source: str) -> Path:
     library = BUILD / f"{digest}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        path = BUILD / f"{digest}.cpp"
+        path = BUILD / f"{digest}.{os.getpid()}.cpp"
         path.write_text(source)
-        partial = BUILD / f"{digest}.partial.so"
+        partial = BUILD / f"{digest}.{os.getpid()}.partial.so"
         command = [
             compiler, "-std=c++17", "-O0", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{ON_HOST}", f"-I{CSRC}",
             f"-I{CSRC / 'include'}", str(path), str(ON_HOST / "cuda_on_host.cpp"), "-o", str(partial),
@@ -67,4 +68,5 @@ def _built(source: str) -> Path:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         partial.replace(library)
+        path.unlink()
     return library

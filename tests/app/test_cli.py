@@ -14,7 +14,6 @@ import warm_python
 from jointspar import cli
 from jointspar.training import flags
 from jointspar.training.config import TrainConfig, flag
-from jointspar.training.launch import find_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -152,12 +151,9 @@ def test_every_listed_benchmark_has_its_script_in_this_checkout(name: str) -> No
 @pytest.mark.mpi
 @pytest.mark.parametrize("flags", [("--budget", "1.5"), ("--budget", "6")], ids=["before MPI starts", "after"])
 def test_under_mpirun_rank_0_speaks_for_all(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    pytest.importorskip("mpi4py")
-    launcher = find_launcher()
-    if launcher is None:
-        pytest.skip("no mpirun")
+    launcher = jobs.find_launcher("mpirun")
     train = warm_python.command("-m", "jointspar", "train", "--out", str(tmp_path / "run"), *flags)
-    command = [launcher, "-n", "2", *train]
+    command = [*launcher, "2", *train]
     job = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
     assert job.returncode == 2, job.stderr
     assert job.stderr.count("jointspar train: --budget") == 1

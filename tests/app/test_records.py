@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def test_the_commit_tells_changed_code_from_changed_results(tmp_path: Path, monk
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("before\n")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    if shutil.which("git") is None:
+        pytest.skip("no git")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(circumstances, "__file__", str(tmp_path / "python/jointspar/training/circumstances.py"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from campaign import CASES, Case, run_case
-from jobs import find_launcher
+from jobs import environment, find_launcher
 from report import Counts, read
 
 SINGLE = [case for case in CASES if case.per_job == 1]
@@ -34,9 +34,8 @@ def test_differences_are_named_and_the_rest_is_survived_with_right_sums():
 
 def test_checkpoints_survive_kills_and_refuse_damage(tmp_path):
     script = str(Path(__file__).with_name("checkpoints.py"))
-    ended = subprocess.run(
-        [sys.executable, script, "--count", "5", "--out", str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, script, "--count", "5", "--out", str(tmp_path)]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     cases = read(tmp_path)["Checkpoints"]
     assert {name: counts["injected"] for name, counts in cases.items()} == dict.fromkeys(cases, 5)

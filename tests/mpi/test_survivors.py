@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import command_on_ranks, find_launcher, find_mpirun, try_job
+from jobs import command_on_ranks, environment, find_launcher, find_mpirun, try_job
 
 pytestmark = pytest.mark.mpi
 
@@ -23,9 +23,9 @@ def is_open_mpi():
 @pytest.fixture
 def run_mortals():
     """run_mortals(n, name, victims, seed): a job of n ranks that run a program of losses.py, and of which some die."""
+    launcher = [*find_launcher("mpirun")[:1], "--with-ft", "ulfm", "-n"]
     if not is_open_mpi():
         pytest.skip("needs Open MPI's mpirun")
-    launcher = [*find_launcher("mpirun")[:1], "--with-ft", "ulfm", "-n"]
 
     def run(n, name, victims=(), seed=0):
         env = {"VICTIMS": " ".join(map(str, victims)), "SEED": str(seed), "JOINTSPAR_TIMEOUT": "20"}
@@ -67,6 +67,7 @@ def test_an_exception_still_ends_the_whole_job(run_mortals):
 
 def test_without_a_launcher_that_goes_on_it_is_refused():
     script = "import jointspar as js; js.comm.mpi(on_failure='shrink')"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode != 0
     assert "needs Open MPI 5 or later, started as `mpirun --with-ft ulfm -n N`" in ended.stderr

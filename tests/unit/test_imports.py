@@ -93,7 +93,7 @@ def reasons_against(module: str, name: str) -> Iterator[str]:
         yield f"only {MPI_FILE} may"
     if name.startswith("torch.distributed") and module != DISTRIBUTED_FILE:
         yield f"only {DISTRIBUTED_FILE} may"
-    if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "shelve"):
+    if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "shelve") or name == "torch.load":
         yield "nothing is unpickled"
 
 
@@ -120,7 +120,7 @@ def pickling_calls(source: str) -> list[str]:
 
 def is_pickling(call: ast.expr, uses_mpi4py: bool) -> bool:
     name = call.attr if isinstance(call, ast.Attribute) else ast.unparse(call)
-    if PICKLING_NAME.search(name):
+    if PICKLING_NAME.search(name) or ast.unparse(call) == "torch.load":
         return True
     is_method = isinstance(call, ast.Attribute) and ast.unparse(call.value) != "self"
     return uses_mpi4py and is_method and name in PICKLING_CALLS
@@ -196,6 +196,7 @@ def test_a_plain_chain_downwards_is_fine() -> None:
         ("jointspar.optimizers", "import torch.distributed as dist"),
         ("jointspar.optimizers", "from torch import distributed"),
         ("jointspar.checkpoint", "import pickle"),
+        ("jointspar.checkpoint", "from torch import load"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str) -> None:
@@ -208,7 +209,8 @@ def test_a_pickling_call_is_found() -> None:
     assert pickling_calls(source + "comm.bcast(a)\nMPI.COMM_WORLD.allreduce(1)") == [
         "comm.bcast", "MPI.COMM_WORLD.allreduce",
     ]  # fmt: skip
-    assert pickling_calls("transport.allreduce(buffer)") == []
+    assert pickling_calls("transport.allreduce(buffer)\njs.checkpoint.load(folder)") == []
+    assert pickling_calls("import torch\ntorch.load(file)") == ["torch.load"]
     source = "import torch.distributed as dist\nfrom torch.distributed import gather_object\n"
     assert pickling_calls(source + "dist.all_reduce(a)\ndist.isend(a, 1)") == []
     assert pickling_calls(source + "dist.all_gather_object(a, b)\ngather_object(a)\ndist.send_object_list(a)") == [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read(array: DeviceArray) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
-    found = list(BUILT.glob("_cuda*.so"))
+    found = list(BUILT.glob(f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"))
     if not found:
         pytest.skip("the kernels on the host are not built: make test-cpp")
     spec = importlib.util.spec_from_file_location("_cuda", found[0])

@@ -394,6 +394,7 @@ def test_gradient_accumulation_keeps_one_active_set():
         backward(twin, batch)
         assert torch.equal(optimizer.active, active)
     for ours, dense in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is not None) == ours.requires_grad
         assert ours.grad is None or torch.equal(ours.grad, dense.grad)
     optimizer.step()
 
