@@ -143,7 +143,7 @@ ArrayView ArrayReader::read_by_protocol(py::handle object, ArgName name, Access 
 ArrayView ArrayReader::read_buffer(py::handle object, ArgName name, Access access, Kind kind) {
     Py_buffer buffer;
     bool is_bfloat16 = false;
-    if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_FULL_RO) != 0) {
+    if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_RECORDS_RO) != 0) {
         py::error_already_set error;
         is_bfloat16 = is_bfloat16_ndarray(object);
         if (!is_bfloat16) {
@@ -151,7 +151,7 @@ ArrayView ArrayReader::read_buffer(py::handle object, ArgName name, Access acces
             raise_unreadable(name, object);
         }
         owners_.push_back(object.attr("view")("uint16"));  // NumPy exports no buffer of a foreign dtype
-        if (PyObject_GetBuffer(owners_.back().ptr(), &buffer, PyBUF_FULL_RO) != 0) raise_unreadable(name, object);
+        if (PyObject_GetBuffer(owners_.back().ptr(), &buffer, PyBUF_RECORDS_RO) != 0) raise_unreadable(name, object);
     }
     buffers_.push_back(buffer);
     if (access == Access::kWrite && buffer.readonly != 0) raise_value(name, "is read-only");

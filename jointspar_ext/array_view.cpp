@@ -12,6 +12,7 @@ namespace jointspar {
 namespace {
 
 constexpr int kMaxDims = 64;
+constexpr std::uintptr_t kFirstPage = 4096;  // nothing is ever mapped there
 
 std::int64_t element_count(const ArrayView& view, ArgName name) {
     if (view.ndim < 0 || view.ndim > kMaxDims) raise_value(name, "has more than 64 dimensions");
@@ -70,7 +71,9 @@ ArrayView ArrayReader::read(py::handle object, ArgName name, Access access, Kind
         view.data = nullptr;
         return view;
     }
-    if (view.data == nullptr) raise_type(name, "(" + type_name(object) + ") has no memory of its own");
+    // torch adds a view's offset to the null of a storage that was given back.
+    const bool has_memory = reinterpret_cast<std::uintptr_t>(view.data) >= kFirstPage;
+    if (!has_memory) raise_type(name, "(" + type_name(object) + ") has no memory of its own");
     if (!is_dense(view)) {
         raise_value(name,
                     "is not dense: gaps, expanded dimensions and negative strides are not supported; "

@@ -40,17 +40,23 @@ std::uint64_t Watchdog::start(double seconds, const std::string& message) {
         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, kYear)));
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto deadline = Clock::now() + wait;
+    if (!is_running_) start_thread();
     watches_.emplace(++last_, Watch{deadline, message});
-    if (!is_running_) {
-        sigset_t before;
-        block_signals(&before);
-        std::thread([this] { run(); }).detach();
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        is_running_ = true;
-    } else if (deadline < sleeps_until_) {
-        changed_.notify_one();
-    }
+    if (deadline < sleeps_until_) changed_.notify_one();
     return last_;
+}
+
+void Watchdog::start_thread() {
+    sigset_t before;
+    block_signals(&before);
+    try {
+        std::thread([this] { run(); }).detach();
+    } catch (...) {  // the system has no thread left
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        throw;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    is_running_ = true;
 }
 
 void Watchdog::end(std::uint64_t watch) {

@@ -28,6 +28,7 @@ class Watchdog {
     };
 
     Watchdog() = default;
+    void start_thread();
     void run();
     Clock::time_point next_deadline() const;
 

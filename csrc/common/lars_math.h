@@ -13,6 +13,13 @@ JOINTSPAR_HOST_DEVICE inline double lars_local_rate(double trust_coefficient, do
     return trust_coefficient * param_norm / (grad_norm + weight_decay * param_norm + eps);
 }
 
+// A local rate as the accumulator holds it: one that overflowed would make NaN of 0 * rate.
+template <class Acc>
+JOINTSPAR_HOST_DEVICE inline Acc as_finite(double rate) {
+    constexpr double kLargest = sizeof(Acc) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+    return static_cast<Acc>(rate > kLargest ? kLargest : rate);
+}
+
 template <class Acc>
 struct UpdateFactors {
     Acc lr;

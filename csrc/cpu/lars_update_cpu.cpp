@@ -61,7 +61,7 @@ class LarsUpdate {
           local_rates_(param_norms_.size()) {}
 
     void run() {
-#pragma omp parallel if (table_.num_elements() >= kParallelElements)
+#pragma omp parallel if (is_parallel(table_.num_elements()))
         {
             int64_t begin = 0;
             for (const int64_t end : group_ends_) {

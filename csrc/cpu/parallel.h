@@ -1,4 +1,4 @@
-// How chunks are spread over OpenMP threads: contiguous ranges of about equal numbers of elements.
+// When a kernel runs on several OpenMP threads, and how chunks are spread over OpenMP threads: contiguous ranges of about equal numbers of elements.
 #pragma once
 
 #include <omp.h>
@@ -10,6 +10,10 @@ namespace jointspar {
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 65536;
+
+// Whether so many elements are worth several threads. Never in a process that was forked after kernels had run on
+// several: they are the parent's, and the child would wait for them for ever.
+bool is_parallel(int64_t num_elements);
 
 // Calls visit(chunk_index, chunk) for this thread's share of the chunks of slices [slice_begin, slice_end).
 // Called by all threads of a parallel region, or outside of one.
@@ -36,7 +40,7 @@ void for_each_own_chunk(const LayerTable& table, int64_t slice_begin, int64_t sl
 // cache.
 template <class Visit>
 void for_each_chunk(const LayerTable& table, Visit visit) {
-#pragma omp parallel if (table.num_elements() >= kParallelElements)
+#pragma omp parallel if (is_parallel(table.num_elements()))
     {
         for_each_own_chunk(table, 0, table.num_slices(), visit);
         finish_non_temporal();

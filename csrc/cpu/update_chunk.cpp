@@ -38,7 +38,7 @@ JOINTSPAR_INLINE UpdateSums update_values(Param* __restrict params, const Grad* 
     Acc* __restrict momenta = static_cast<Acc*>(chunk.momentum_buffer);
     const UpdateFactors<Acc> factors{static_cast<Acc>(chunk.factors.lr), static_cast<Acc>(chunk.factors.momentum),
                                      static_cast<Acc>(chunk.factors.weight_decay),
-                                     static_cast<Acc>(chunk.factors.local_rate)};
+                                     as_finite<Acc>(chunk.factors.local_rate)};
     SquareLanes<Acc> param_squares;
     SquareLanes<accumulator_t<Grad>> grad_squares;
     for_each_lane<SquareLanes<Acc>::kLanes>(chunk.size, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {

@@ -96,7 +96,7 @@ __device__ JOINTSPAR_INLINE UpdateOp<Param, Grad, kSum> update_chunk(const Updat
           static_cast<Acc*>(tensor.momentum_buffer) + chunk.begin,
           grads == nullptr ? nullptr : grads + chunk.begin,
           {static_cast<Acc>(tensor.lr), static_cast<Acc>(tensor.momentum), static_cast<Acc>(tensor.weight_decay),
-           static_cast<Acc>(local_rate)},
+           as_finite<Acc>(local_rate)},
           nesterov,
           typename Op::Sum(0)};
     stream_chunk(op, static_cast<int>(chunk.size));

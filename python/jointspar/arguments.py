@@ -154,7 +154,7 @@ def new_packed(grads: Sequence[Any], size: int, wire_dtype: Any) -> Any:
         if wire == "bfloat16":
             raise TypeError("wire_dtype: NumPy has no bfloat16; pass torch tensors")
         return np.empty(size, dtype=wire)
-    return torch.empty(size, dtype=getattr(torch, wire))
+    return torch.empty(size, dtype=getattr(torch, wire), device="cpu")
 
 
 def check_packed_kind(name: str, packed: Any, wire_dtype: Any) -> None:
@@ -203,6 +203,8 @@ def copy_to(name: str, out: Any, values: Any) -> Any:
         raise TypeError(f"{name}: expected a writable {values.dtype} array of shape {values.shape}")
     if not target.flags.writeable:
         raise ValueError(f"{name}: is read-only")
+    if any(stride == 0 and extent > 1 for stride, extent in zip(target.strides, target.shape, strict=True)):
+        raise ValueError(f"{name}: is expanded, its elements share memory")
     target[...] = values
     increment_versions([out])
     return out

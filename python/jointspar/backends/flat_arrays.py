@@ -88,6 +88,8 @@ def _flat_tensor(name: str, array: torch.Tensor) -> HostArray:
         raise TypeError(f"{name}: {array.dtype} is not one of float32, float64, bfloat16, float16")
     shape, strides = tuple(array.shape), array.stride()
     check_dense(name, shape, strides)
+    if array.numel() and array.data_ptr() % array.element_size():
+        raise ValueError(f"{name}: is not aligned in memory")
     values = array.detach().as_strided((array.numel(),), (1,))
     return HostArray(name, array.dtype, array.numel(), shape, strides, array.data_ptr(), values)
 

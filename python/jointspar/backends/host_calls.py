@@ -53,4 +53,4 @@ def update_tensors(
 
 
 def _values_or_zeros(flat: HostArray | None, size: int) -> torch.Tensor:
-    return torch.zeros(size) if flat is None else flat.values
+    return torch.zeros(size, device="cpu") if flat is None else flat.values

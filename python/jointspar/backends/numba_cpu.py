@@ -144,7 +144,7 @@ def _momentum_step(
     """In place; returns the sum of squares of the parameters as stored. hyper: lr, momentum, weight_decay, ..."""
     weights, momentum_buffer = _widened(param), _memory(velocity)
     accumulator = weights.dtype
-    factors = _cast([*hyper[:3], local], accumulator)
+    factors = _cast([*hyper[:3], min(local, float(np.finfo(accumulator).max))], accumulator)
     grad_values = _cast(_widened(grad), accumulator)
     squared_norm = kernels.momentum_step(weights, momentum_buffer, grad_values, factors, bool(nesterov))
     if not _is_16_bit(param):

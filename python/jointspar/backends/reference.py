@@ -42,7 +42,7 @@ def pack_gradients(grads: Sequence[Array | None], scales: np.ndarray, sizes: np.
             part.zero_()
             continue
         compute = _compute_dtype(source, part)
-        _store(part, source.to(compute) * torch.tensor(scales[k], dtype=compute))
+        _store(part, source.to(compute) * torch.tensor(scales[k], dtype=compute, device="cpu"))
         norms[k] = _squared_norm(source)
     return norms
 

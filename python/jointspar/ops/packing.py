@@ -31,8 +31,8 @@ def pack_gradients(
 ) -> tuple[Array, Array]:
     """Scale, cast and concatenate gradients, measuring their squared norms in the same pass.
 
-    packed slice k = cast(grads[k] * scales[k]); the product is formed in float32 (float64 for float64 gradients)
-    and rounded to the wire (float64 reaches 16-bit types through float32, as in torch).
+    packed slice k = cast(grads[k] * scales[k]); the product is formed in float32 (float64 where gradient or wire
+    is float64) and rounded to the wire (float64 reaches 16-bit types through float32, as in torch).
 
     Args:
         grads: num_tensors arrays of float32, float64, bfloat16 or float16. None packs zeros and needs `layout`.

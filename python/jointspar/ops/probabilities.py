@@ -39,7 +39,7 @@ def sample_layers(
     run_length: int | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Draw the active layers of one rank; P(active[d]) = probabilities[d] exactly.
+    """Draw the active layers of one rank; P(active[d]) = probabilities[d], to within 2^-41.
 
     Random numbers are Philox4x32-10 with counter (step, rank, layer, purpose) and key `seed`, so that a draw depends on
     the arguments alone. "independent": each rank by itself. "stratified": one systematic draw, rotated over the
