@@ -56,7 +56,7 @@ class CMakeBuild(build_ext):
             f"-DJOINTSPAR_CUDA_EXT={os.environ.get('JOINTSPAR_CUDA_EXT', 'auto')}",
         ]  # fmt: skip
         if not os.environ.get("JOINTSPAR_BUILD_DIR"):
-            configure.append("--fresh")
+            (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ:
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)

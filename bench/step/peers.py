@@ -21,7 +21,7 @@ Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
 
 
 class TorchLars(torch.optim.Optimizer):
-    """LARS with momentum by PyTorch's public operations, the formula of `jointspar.ops.lars_update`.
+    """LARS with momentum by PyTorch's operations, the formula of `jointspar.ops.lars_update`.
 
     Norms by `torch._foreach_norm`, then three passes a tensor without a temporary, which is `preallocated` of
     bench_lars_update and faster than the `_foreach_` form. Tensors of one dimension are neither adapted nor decayed.

@@ -1,4 +1,5 @@
-// When a kernel runs on several OpenMP threads, and how chunks are spread over OpenMP threads: contiguous ranges of about equal numbers of elements.
+// When a kernel runs on several OpenMP threads, and how chunks are spread over them: contiguous ranges of about equal
+// numbers of elements.
 #pragma once
 
 #include <omp.h>
@@ -12,7 +13,8 @@ namespace jointspar {
 constexpr int64_t kParallelElements = 65536;
 
 // Whether so many elements are worth several threads. Never in a process that was forked after kernels had run on
-// several: they are the parent's, and the child would wait for them for ever.
+// several: they are the parent's, and the child would wait for them for ever. Nobody tells of threads that only torch
+// has used; torch's own operations would wait for them as well.
 bool is_parallel(int64_t num_elements);
 
 // Calls visit(chunk_index, chunk) for this thread's share of the chunks of slices [slice_begin, slice_end).

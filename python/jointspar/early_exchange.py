@@ -98,22 +98,22 @@ class EarlyExchange:
     def finish(self) -> GradientSum | None:
         """Pack and send what is left, zeros where no gradient came. Returns the sum, or None where it is void.
 
-        A change of a gradient is seen by autograd's version counter, and by its norm where that does not count it: in
-        GradScaler's `unscale_`, and in writes through `.data`.
+        A change of a gradient is seen by autograd's version counter, or, where that does not count it (GradScaler's
+        `unscale_`, writes through `.data`), by another norm.
         Raises what the exchange raised.
         """
         if self._phase == _Phase.ARMED:
             self._open()
         total = self._sum
         if self._phase == _Phase.UNDER_WAY:
-            if total is not None and total.has_other_norms():  # measured while buckets travel
-                self.why_void = self.why_void or _CHANGED
             self._transport.is_in_background = False
             for missing in self._missing:
                 missing.clear()
             self._pack_while_full()
+            if total is not None and not self._is_known_void() and total.has_other_norms():  # while buckets travel
+                self.why_void = _CHANGED
             self._end()
-        if any(self._has_changed(*packed) for packed in self._packed):
+        if self._is_known_void():
             self.why_void = self.why_void or _CHANGED
         return None if self.why_void else total
 
@@ -178,6 +178,9 @@ class EarlyExchange:
             self._transport.lend(None)
         if work.error is not None:
             raise work.error
+
+    def _is_known_void(self) -> bool:
+        return self.why_void is not None or any(self._has_changed(*packed) for packed in self._packed)
 
     def _has_changed(self, position: int, grad: torch.Tensor | None, version: int) -> bool:
         now = self._parameters[position].grad

@@ -9,7 +9,7 @@ from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Chooser, Slices
 from jointspar.step.packing import PackedLayout, Packer
 
-_SAME = 1e-6  # of squared norms, which packing and measuring add up in their own orders
+_SAME = 1e-6  # of squared norms; not every backend adds them up alike in packing and measuring
 
 
 class GradientSum:

@@ -22,7 +22,7 @@ class Lesson:
     counts: np.ndarray  # int64 [num_layers], ranks that computed each layer
     local: Reading  # float64 [num_layers], squared norms of this rank's unscaled gradients
     mean: Reading | None = None  # float64 [num_layers], squared norms of the mean gradient; None: not measured
-    used: Reading | None = None  # float64 [num_slices], norms that the update used; None: nothing was updated
+    used: Reading | None = None  # float64 [num_slices], norms that decided on the update; None: nobody measured them
     is_finite: bool = True  # as far as the host was told; the norms tell the rest
 
     def was_applied(self) -> bool:

@@ -70,8 +70,9 @@ def test_autograd_learns_that_momenta_were_written(is_lars: bool) -> None:
         loss.backward()
 
 
-def test_tensors_without_storage_are_refused() -> None:
-    given_back = torch.ones(10)[2:]
+@pytest.mark.parametrize("offset", [0, 2, 100_000])
+def test_tensors_without_storage_are_refused(offset: int) -> None:
+    given_back = torch.ones(offset + 8)[offset:]
     given_back.untyped_storage().resize_(0)
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         ops.squared_norms([given_back])

@@ -291,6 +291,8 @@ def test_after_a_difference_every_further_use_is_refused_and_finish_does_nothing
         with pytest.raises(DesyncError):
             agreed.go(Op.SAVE, step=transport.rank)
         agreed.finish()
+        transport.borrower_met = DesyncError("another optimizer's, which goes on")
+        agreed.finish()
         with pytest.raises(JointSparError, match="finished or disagreed"):
             agreed.go(Op.SAVE, step=0)
         with pytest.raises(JointSparError, match="finished or disagreed"):

@@ -58,8 +58,8 @@ def _make_world() -> Transport:
     if _number((_SRUN_VARIABLE,)) > 1 and num_torch == 0 and not _has_launcher():
         raise JointSparError(
             f"srun started {os.environ[_SRUN_VARIABLE]} tasks and tells none of the others, so each would train "
-            "alone: use srun --mpi=pmix (or pmi2, as the MPI was built), or mpirun; for tasks that are meant to be "
-            "alone, comm=jointspar.comm.local()"
+            "alone: use srun --mpi=pmix (or pmi2, as the MPI was built), or mpirun. Where the MPI finds its ranks "
+            "otherwise, comm=jointspar.comm.mpi(); for tasks that are meant to be alone, WORLD_SIZE=1"
         )
     return local()
 

@@ -88,7 +88,7 @@ class Agreement:
         self._plan: np.ndarray | None = None  # bool [world_size, num_layers], the last completed
         self._own_wishes: set[Wish] = set()
         self._agreed_wishes = Wish(0)
-        self._is_over = False
+        self._is_over = self._has_finished = False
         self._pid = os.getpid()
         _current[transport] = ref(self)
         if transport.world_size > 1:
@@ -209,11 +209,13 @@ class Agreement:
 
     def finish(self) -> None:
         """Agree that all ranks are done; again after that it does nothing. Runs at exit where nobody called it."""
-        self._transport.take_back()  # from an exchange during backward, in which the ranks may have disagreed
-        if self._is_over:
+        if self._has_finished:
             return
-        self.go(Op.FINISH, step=self._step)
-        self._close()
+        self._transport.take_back()  # from an exchange during backward, in which the ranks may have disagreed
+        if not self._is_over:
+            self.go(Op.FINISH, step=self._step)
+            self._close()
+        self._has_finished = True
 
     def _words(self, op: Op, step: int, compared: object) -> np.ndarray:
         words = new_header(self._transport, self._serial, op, step)

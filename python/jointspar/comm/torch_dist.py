@@ -264,7 +264,7 @@ def _initialise(seconds: float) -> None:
             f"torch.distributed cannot start: {', '.join(missing)} not set: launch with `torchrun --nproc-per-node N`"
         )
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+        dist.init_process_group("gloo", timeout=_deadline(seconds))
     except (RuntimeError, ValueError) as error:
         raise JointSparError(f"torch.distributed cannot start: {error}") from error
     atexit.register(_shut_down, os.getpid())
