@@ -63,12 +63,19 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build_dir), "--target", "extensions", "--parallel", jobs], check=True)
 
 
-# JOINTSPAR_BUILD_NATIVE=0: for the numba backend, where there is no compiler.
-EXTENSIONS = [
-    Extension("jointspar_ext._core", sources=[]),
-    Extension("jointspar_ext._cuda", sources=[], optional=True),
-]
+def extensions() -> list[Extension]:
+    """None with JOINTSPAR_BUILD_NATIVE=0: for the numba backend, where there is no compiler."""
+    wanted = os.environ.get("JOINTSPAR_BUILD_NATIVE", "1")
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"JOINTSPAR_BUILD_NATIVE must be 0 or 1, not {wanted!r}")
+    core, cuda = (
+        Extension("jointspar_ext._core", sources=[]),
+        Extension("jointspar_ext._cuda", sources=[], optional=True),
+    )
+    return [core, cuda] if wanted == "1" else []
+
+
 setup(
-    ext_modules=[] if os.environ.get("JOINTSPAR_BUILD_NATIVE") == "0" else EXTENSIONS,
+    ext_modules=extensions(),
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithCudaSources},
 )

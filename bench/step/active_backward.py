@@ -4,8 +4,8 @@
 
 Budgets alternate within one process in a new order each round, and times are the median of rounds, ratios of ratios
 within a round, so that they hold although a shared machine drifts. The step itself (pack, exchange, update) is not part
-of the time. Bytes are those of the distinct storages that autograd saves for
-the backward pass, parameters left out, averaged over draws.
+of the time. Bytes are those of the distinct storages that autograd saves for the backward pass, parameters left out,
+averaged over draws.
 """
 
 from __future__ import annotations

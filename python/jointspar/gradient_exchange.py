@@ -37,12 +37,14 @@ class Exchanged:
     norms: torch.Tensor | None = None  # float64 [num_slices] of mean_grad as it is now; None: the update measures them
     is_finite: bool = True  # as far as the host knows
 
+    def take_norms(self, norms: torch.Tensor) -> None:
+        """Norms of mean_grad, float64 [num_slices], which decide on the update; they set out for the host at once."""
+        self.norms, self.lesson.used = norms, Reading(norms)
+
     def has_finite_norms(self) -> bool:
-        """Waits for the norms, which become what the lesson says of them; the same on every rank, as the sum is."""
-        if not self.is_finite or self.norms is None:
-            return False
-        self.lesson.used = Reading(self.norms)
-        return bool(np.isfinite(self.lesson.used.wait()).all())
+        """Waits for the norms; the same on every rank, since all hold the same sum."""
+        used = self.lesson.used
+        return self.is_finite and used is not None and bool(np.isfinite(used.wait()).all())
 
 
 class GradientExchange:

@@ -112,7 +112,7 @@ class Pipeline:
     def agree_on_changes(self, exchanged: Exchanged, hyper: HyperParameters) -> None:
         """After the user may have changed mean_grad: measure it, and skip it everywhere if anywhere not finite."""
         if exchanged.is_finite:
-            exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)
+            exchanged.take_norms(slice_norms(exchanged.mean_grad, exchanged.layout.sizes))
         values = np.append(np.zeros(self.layers.num_layers), float(not exchanged.has_finite_norms()))
         hyper.refresh()
         with self._counting_bytes():
@@ -141,7 +141,7 @@ class Pipeline:
                 idle=np.flatnonzero(idle),
                 skip_nonfinite=bool(self.sampling.lag),
             )
-            if exchanged.lesson.used is None:  # else read before the update, for which nobody then has to wait
+            if exchanged.lesson.used is None:  # else they set out before the update, which nobody then waits for
                 exchanged.lesson.used = Reading(norms)
             if exchanged.lesson.mean is None:
                 exchanged.lesson.mean = self._reading(norms, positions)
@@ -259,10 +259,9 @@ class Pipeline:
         self.agreement.compare_digests(self.step_count, np.array(by_layer, dtype=np.int64))
 
     def _measure(self, exchanged: Exchanged, max_norm: float | None) -> None:
-        exchanged.norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)
-        exchanged.lesson.mean = self._reading(exchanged.norms, exchanged.layout.positions)
-        if max_norm is not None:
-            exchanged.norms = clip_packed(exchanged.mean_grad, exchanged.norms, max_norm)
+        norms = slice_norms(exchanged.mean_grad, exchanged.layout.sizes)
+        exchanged.lesson.mean = self._reading(norms, exchanged.layout.positions)
+        exchanged.take_norms(norms if max_norm is None else clip_packed(exchanged.mean_grad, norms, max_norm))
 
     def _reading(self, norms: torch.Tensor, positions: np.ndarray) -> Reading:
         """Squared norms by layer, of norms of slices."""

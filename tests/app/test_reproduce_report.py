@@ -40,6 +40,11 @@ def test_the_table_gives_mean_range_and_points_from_the_reference(fake_training:
     assert rows[1].points == pytest.approx(-5.0)
 
 
+def test_epochs_of_which_a_continued_run_had_only_the_end_count_as_no_time() -> None:
+    epochs = [{"phase_ms": {"forward": 2.0, "backward": 4.0}}, {"phase_ms": {}}, {"phase_ms": {"forward": 4.0}}]
+    assert figures._phase_ms({"seeds": [{"epochs": epochs}]}) == {"forward": 3.0, "backward": 2.0}
+
+
 def test_points_are_over_the_seeds_that_both_runs_have(fake_training: Path) -> None:
     path, out = write_list(fake_training), fake_training / "out"
     assert reproduce(path, out) == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from jointspar.comm.hashing import stable_hash
 from jointspar.training.data.augment import normalise
 from jointspar.training.data.pictures import MAX_PICTURE_BYTES, SUFFIXES, decode_batch
 from jointspar.training.data.properties import DatasetProperties
@@ -30,11 +31,11 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
+    @cached_property  # of all ranks that one process plays
     def fingerprint(self) -> object:
         """Differs where ranks have different names: to read all pictures for it would take minutes."""
         inside = len(str(self.folder))
-        return [self.labels, "\0".join([file[inside:] for file in self.files])]
+        return stable_hash([self.labels, "\0".join([file[inside:] for file in self.files])])
 
     def read(self, index: np.ndarray, key: tuple[int, ...] | None) -> torch.Tensor:
         """float32 [n, 3, size, size], normalised; augmented by random numbers of `key`, or for test without."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from jointspar.comm.hashing import stable_hash
 from jointspar.training.data.augment import crop_and_flip, normalise
 from jointspar.training.data.class_folders import PictureFiles, has_class_folders, load_class_folders
 from jointspar.training.data.properties import PROPERTIES, DataFile, DatasetProperties, Form
@@ -31,10 +33,10 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property  # of all ranks that one process plays
     def fingerprint(self) -> object:
         """Differs where ranks have different data."""
-        return [self.labels, self.images]
+        return stable_hash([self.labels, self.images])
 
     def read(self, index: np.ndarray, key: tuple[int, ...] | None) -> torch.Tensor:
         """float32 [n, channels, size, size], normalised; augmented by random numbers of `key`, or for test without."""
