@@ -45,7 +45,8 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 
 def sampling(**settings: Any) -> js.Sampling:
-    return js.Sampling(**({"budget": 0.5, "lag": 1} | settings))
+    room_to_learn = {} if settings.get("distribution") == "uniform" else {"p_min": 0.1}
+    return js.Sampling(**({"budget": 0.5, "lag": 1} | room_to_learn | settings))
 
 
 @both_kinds

@@ -71,7 +71,7 @@ def train_with_and_without() -> None:
     pipeline._BUCKET_BYTES = 2000
     comm = js.comm.world()
     for (kind, given), strategy, exchange in itertools.product(SETTINGS, STRATEGIES, WIRES):
-        sampling = js.Sampling(strategy=strategy, lag=int(kind is js.JointSparSGD))
+        sampling = js.Sampling(strategy=strategy, p_min=0.1, lag=int(kind is js.JointSparSGD))
         wire_dtype = WIRES[exchange] if comm.world_size == 2 else None  # 16-bit sums of three depend on their order
         settings = given | {"sampling": sampling, "exchange": exchange, "wire_dtype": wire_dtype}
         max_norm = 5.0 if exchange == "ring" else None

@@ -25,9 +25,9 @@ OPTIMIZERS = {"sgd": (js.JointSparSGD, dict(lr=0.05)), "lars": (js.JointSparLARS
 SAMPLINGS = {
     "dense": js.Sampling(budget=1.0, strategy="shared", distribution="uniform"),
     "independent": js.Sampling(strategy="independent", distribution="bandit", bandit_lr=0.3),
-    "stratified": js.Sampling(strategy="stratified"),
-    "shared": js.Sampling(strategy="shared", draw="bernoulli"),
-    "stratified one step later": js.Sampling(strategy="stratified", lag=1),
+    "stratified": js.Sampling(strategy="stratified", p_min=0.1),
+    "shared": js.Sampling(strategy="shared", draw="bernoulli", p_min=0.1),
+    "stratified one step later": js.Sampling(strategy="stratified", p_min=0.1, lag=1),
 }
 WIRES = {"allreduce": None, "ring": "bfloat16", "two_shot": None}  # by exchange
 

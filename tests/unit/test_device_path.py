@@ -76,7 +76,8 @@ def test_with_lag_nothing_is_waited_for_in_the_step_that_computes_it(
 ):
     diary = Diary(monkeypatch)
     model = make_model()
-    sampling = js.Sampling(budget=0.5, strategy=strategy, distribution=distribution, lag=1)
+    p_min = None if distribution == "uniform" else 0.1
+    sampling = js.Sampling(0.5, p_min, strategy=strategy, distribution=distribution, lag=1)
     optimizer = kind(model.named_parameters(), sampling=sampling)
     for diary.now in range(12):
         step(model, optimizer, seed=diary.now, **arguments)
@@ -240,7 +241,7 @@ def test_with_lag_the_probabilities_follow_one_step_later(distribution):
     probabilities = {}
     for lag in (0, 1):
         model = make_model()
-        sampling = js.Sampling(budget=0.5, distribution=distribution, lag=lag)
+        sampling = js.Sampling(budget=0.5, p_min=0.1, distribution=distribution, lag=lag)
         optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
         probabilities[lag] = [optimizer.probabilities]
         for seed in range(2):
@@ -271,7 +272,7 @@ def test_with_lag_and_fixed_probabilities_the_steps_are_those_without(kind, inac
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_with_lag_a_non_finite_step_is_skipped_and_counted_one_step_later(value, inactive):
     model = make_model()
-    sampling = js.Sampling(budget=0.5, lag=1)
+    sampling = js.Sampling(budget=0.5, p_min=0.1, lag=1)
     optimizer = js.JointSparLARS(model.named_parameters(), inactive=inactive, sampling=sampling)
     for seed in range(3):
         step(model, optimizer, seed=seed)

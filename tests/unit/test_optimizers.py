@@ -128,7 +128,8 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("strategy", "draw", "distribution", "lag"), COMBINATIONS)
 def test_every_combination_learns_and_keeps_the_sum_of_probabilities(strategy, draw, distribution, lag):
-    sampling = js.Sampling(budget=0.5, strategy=strategy, draw=draw, distribution=distribution, lag=lag)
+    p_min = None if distribution == "uniform" else 0.1
+    sampling = js.Sampling(0.5, p_min, strategy=strategy, draw=draw, distribution=distribution, lag=lag)
     model = make_model()
     optimizer = js.JointSparSGD(model.named_parameters(), lr=0.05, weight_decay=0.0, sampling=sampling)
     batch = next(batches(1))
@@ -247,7 +248,7 @@ def test_mean_grads_may_be_changed_before_the_step():
 @pytest.mark.parametrize("kind", [js.JointSparLARS, js.JointSparSGD])
 @pytest.mark.parametrize("distribution", ["norm", "bandit"])
 def test_state_dict_round_trip_continues_bit_for_bit(kind, distribution):
-    sampling = js.Sampling(budget=0.5, distribution=distribution, lag=1)
+    sampling = js.Sampling(budget=0.5, p_min=0.1, distribution=distribution, lag=1)
     model = make_model()
     optimizer = kind(model.named_parameters(), sampling=sampling)
     train(model, optimizer, 7)

@@ -12,19 +12,25 @@ def test_a_fraction_and_a_count_are_told_apart():
     assert Sampling(budget=0.25).constraints(60)[0] == 15.0
 
 
-def test_p_min_defaults_as_documented():
-    assert Sampling(budget=0.5).constraints(60)[1] == pytest.approx(0.1)
-    assert Sampling(budget=0.125).constraints(64)[1] == pytest.approx(0.05)
-
-
 @pytest.mark.parametrize(
-    ("budget", "world_size", "p_min"), [(0.5, 2, 0.5), (0.5, 8, 0.125), (0.5, 16, 0.1), (0.25, 2, 0.1)]
+    ("sampling", "world_size", "p_min"),
+    [
+        (Sampling(budget=0.5), 1, 0.5),
+        (Sampling(budget=0.5), 2, 0.5),
+        (Sampling(budget=0.25), 2, 0.25),
+        (Sampling(budget=0.5), 8, 0.125),
+        (Sampling(budget=0.5), 16, 0.1),
+        (Sampling(budget=0.125), 64, 0.05),
+        (Sampling(budget=0.5, strategy="independent"), 2, 0.5),
+        (Sampling(budget=0.5, strategy="independent"), 16, 0.1),
+        (Sampling(budget=0.5, strategy="shared"), 16, 0.5),
+        (Sampling(budget=0.5, distribution="bandit"), 2, 0.1),
+        (Sampling(budget=0.125, distribution="bandit"), 2, 0.05),
+    ],
 )
-def test_by_default_some_rank_computes_each_layer_where_the_budget_allows_it(budget, world_size, p_min):
-    """A stratified draw gives a layer to floor or ceil of world_size * p ranks, so to one at least from 1 on."""
-    assert Sampling(budget=budget).constraints(60, world_size=world_size)[1] == p_min
-    for other in ({"strategy": "independent"}, {"strategy": "shared"}, {"distribution": "bandit"}):
-        assert Sampling(budget=budget, **other).constraints(60, world_size=world_size)[1] == 0.1
+def test_p_min_defaults_as_documented(sampling, world_size, p_min):
+    """A step draws once a rank, or once in all: from one over the draws on, each layer is expected to be computed."""
+    assert sampling.constraints(64, world_size=world_size) == (sampling.budget * 64, pytest.approx(p_min))
 
 
 def test_frozen_layers_stand_outside_a_fraction():

@@ -20,9 +20,10 @@ class Sampling:
 
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
-        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with strategy="stratified" and
-            distribution="norm" at least 1 / world_size where the budget allows it, so that some rank computes each
-            layer in every step. On two ranks at budget 0.5 that leaves nothing to learn: all layers have 0.5.
+        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with distribution="norm" at least
+            one over the draws that a step makes (world_size, or 1 with strategy="shared") or, where that is more, the
+            budget's share, so that layers stand still no oftener than they must. On few ranks that leaves nothing to
+            learn: on two at budget 0.5, and with "shared" always, every layer has the budget's share.
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the
@@ -122,9 +123,11 @@ class Sampling:
 
     def _default_p_min(self, share: float, world_size: int) -> float:
         """A layer that nobody computes stands still, and the rarer one is computed the more 1/p amplifies its noise."""
-        low, by_some_rank = min(0.1, share / 2.5), 1.0 / world_size
-        is_chosen = self.strategy == "stratified" and self.distribution == "norm"
-        return max(low, by_some_rank) if is_chosen and by_some_rank <= share else low
+        low = min(0.1, share / 2.5)
+        if self.distribution != "norm":
+            return low
+        draws = 1 if self.strategy == "shared" else world_size
+        return max(low, min(share, 1.0 / draws))
 
 
 def probabilities_to_draw(probabilities: np.ndarray, sampling: Sampling, step: int) -> np.ndarray:
