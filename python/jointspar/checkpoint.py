@@ -123,8 +123,6 @@ def load(
         momenta = {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()}
         groups, extra = from_json(manifest["param_groups"]), dict(from_json(manifest["extra"]))
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
-        if manifest["world_size"] != optimizer.comm.world_size:
-            state["jointspar"]["lesson"] = {}  # what lag=1 has still to learn is of as many ranks
         optimizer.check_state_dict(state)
         torch.Generator().set_state(own["random_state"])
         if "device_random_state" in own and own["device_random_state"].dtype != torch.uint8:

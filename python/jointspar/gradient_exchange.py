@@ -90,7 +90,8 @@ class GradientExchange:
         stats = self.stats
         early = self._sum_early(grad_scale)
         total = self._packed(grad_scale) if early is None else early
-        lesson = Lesson(self._active, self._drawn, total.counts, self._local_norms(total, grad_scale))
+        world_size, local = self._comm.world_size, self._local_norms(total, grad_scale)
+        lesson = Lesson(self._active, self._drawn, total.counts, world_size, local)
         with stats.phase("go"):
             due = lesson_before if self._sampling.lag else lesson
             values = np.zeros(self._layers.num_layers) if due is None else due.local.wait()

@@ -20,6 +20,7 @@ class Lesson:
     active: np.ndarray  # bool [num_layers], this rank's
     drawn: np.ndarray  # float64 [num_layers], the probabilities that they were drawn from
     counts: np.ndarray  # int64 [num_layers], ranks that computed each layer
+    world_size: int
     local: Reading  # float64 [num_layers], squared norms of this rank's unscaled gradients
     mean: Reading | None = None  # float64 [num_layers], squared norms of the mean gradient; None: not measured
     used: Reading | None = None  # float64 [num_slices], norms that decided on the update; None: nobody measured them
@@ -47,6 +48,8 @@ class Lesson:
             mean_grad=self.mean.wait(),
             drawn_probabilities=self.drawn,
         )
+        if not np.isfinite(squared_norms[observed]).all():  # the exchange mended them
+            return
         chance = observation_chance(strategy, self.drawn, len(gathered))
         distribution.update(squared_norms, observed, drawn_probabilities=self.drawn, chance=chance)
 
@@ -57,11 +60,11 @@ class Lesson:
             return False
         was_drawn = self.active | (self.counts != 0)
         is_drawable = ((self.drawn > 0.0) | ~was_drawn) & (self.drawn >= 0.0) & (self.drawn <= 1.0)
-        is_learnable = np.isfinite(local).all() or not np.isfinite(mean).all()
-        return bool(is_drawable.all() and is_learnable and not (np.minimum(local, mean) < 0.0).any())
+        return bool(is_drawable.all() and not (np.minimum(local, mean) < 0.0).any())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         arrays = {"active": self.active, "drawn": self.drawn, "counts": self.counts, "local": self.local.wait()}
+        arrays["world_size"] = np.array(self.world_size)
         arrays["mean"] = np.full(self.drawn.size, np.nan) if self.mean is None else self.mean.wait()
         arrays["used"] = np.full(1, np.nan) if self.used is None else self.used.wait()
         arrays["is_finite"] = np.array(self.is_finite)
@@ -74,6 +77,7 @@ class Lesson:
             active=np.asarray(state["active"]).astype(bool),
             drawn=np.asarray(state["drawn"]).astype(np.float64),
             counts=np.asarray(state["counts"]).astype(np.int64),
+            world_size=int(state["world_size"]),
             local=Reading(np.asarray(state["local"]).astype(np.float64)),
             mean=Reading(np.asarray(state["mean"]).astype(np.float64)),
             used=Reading(np.asarray(state["used"]).astype(np.float64)),

@@ -231,7 +231,8 @@ class Pipeline:
         self.backward.set_trainable(range(len(self.layers.parameters)), np.asarray(state["trainable"]))
         self.step_count = int(state["step"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
-        self._lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
+        lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
+        self._lesson = lesson if lesson is not None and lesson.world_size == self.comm.world_size else None
         self.chooser.load_state_dict(state["exchange"])
         self.agreement.go(Op.LOAD, step=self.step_count, agreed=[self.chooser.agreed(), *also_agreed])
         self._follow_frozen()

@@ -40,7 +40,7 @@ def active(numbers: Numbers, comm: Transport) -> str:
     """Ranks that compute different layers: each sum against the strategy's formula."""
     strategy, size = numbers.choice(["independent", "stratified"]), comm.world_size
     model = build_model().double()
-    sampling = js.Sampling(strategy=strategy, draw="bernoulli", seed=numbers.randrange(2**32))
+    sampling = js.Sampling(strategy=strategy, draw="bernoulli", p_min=0.1, seed=numbers.randrange(2**32))
     optimizer = build_optimizer(model, sampling=sampling, exchange=numbers.choice(EXCHANGES))
     for step in range(40):
         sets = gather(comm, optimizer.active.numpy().astype(np.int64))

@@ -80,7 +80,7 @@ def test_simulated_ranks_train_as_without(strategy: str, lag: int) -> None:
     def run(overlap: bool) -> list[Any]:
         def train(transport: Any) -> Any:
             model = make_model(transport.rank)
-            sampling = js.Sampling(strategy=strategy, lag=lag)
+            sampling = js.Sampling(strategy=strategy, p_min=0.1, lag=lag)
             optimizer = make_optimizer(model, overlap=overlap, comm=transport, sampling=sampling, exchange="two_shot")
             for step in range(20):
                 optimizer.zero_grad()
@@ -163,7 +163,7 @@ def test_what_was_sent_is_void_where_gradients_change_before_the_step(change: An
     def run(overlap: bool) -> list[torch.Tensor]:
         def train(transport: Any) -> torch.Tensor:
             model = make_model()
-            sampling = js.Sampling(strategy="independent", lag=lag)
+            sampling = js.Sampling(strategy="independent", p_min=0.1, lag=lag)
             optimizer = make_optimizer(model, overlap=overlap, comm=transport, exchange="ring", sampling=sampling)
             is_changed = transport.rank == 1 or change is set_trainable  # on all ranks alike
             for step in range(5):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from jointspar import ops
+from jointspar.device_arrays import Reading
+from jointspar.learning import Lesson
 from jointspar.step.probabilities import LayerDistribution, observation_chance, observed_norms
 from jointspar.step.sampling import Sampling
 
@@ -84,6 +86,33 @@ def test_bandit_reaches_the_least_sampling_noise_with_a_stratified_draw():
     assert noise <= 1.02 * best
 
 
+def test_bandit_gains_by_hand_where_a_layer_is_observed_more_often_than_it_is_drawn():
+    """log p gains bandit_lr * (n2 / L^2) * (s / D)^2 / (q^2 * chance), and L is of the norms themselves."""
+    distribution = make(2, budget=1, distribution="bandit", bandit_lr=0.2, p_min=0.1)
+    distribution.probabilities[:] = [0.4, 0.6]
+    chance = observation_chance("stratified", distribution.probabilities, 2)  # 0.8 and 1
+    distribution.update(np.array([4.0, 1.0]), np.ones(2, dtype=bool), chance=chance)
+    assert distribution.gradient_bound == pytest.approx(2.0, rel=1e-12)
+    gains = [0.2 * 0.25 / (0.16 * 0.8), 0.2 * 0.25 * 0.25 / (0.36 * 1.0)]
+    weights = np.array([0.4, 0.6]) * np.exp(gains)
+    np.testing.assert_allclose(distribution.probabilities, weights / weights.sum(), rtol=1e-12)
+
+
+def test_norms_at_the_end_of_the_range_are_learnt():
+    distribution = make(3, budget=1, distribution="norm", p_min=0.1)
+    for _ in range(2):
+        distribution.update(np.array([1e-313, 0.0, 2e-313]), np.ones(3, dtype=bool))
+    assert distribution.probabilities.sum() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_uniform_does_not_keep_what_another_distribution_has_learnt():
+    learnt = make(distribution="norm", p_min=0.1)
+    learnt.update(np.arange(1.0, 7.0), np.ones(6, dtype=bool))
+    uniform = make(distribution="uniform")
+    uniform.load_state_dict(learnt.state_dict())
+    np.testing.assert_allclose(uniform.probabilities, 0.5, rtol=1e-12)
+
+
 def test_a_layer_is_seen_by_somebody_with_the_chance_of_its_strategy():
     p = np.array([0.1, 0.5, 1.0])
     assert observation_chance("stratified", p, 4).tolist() == [0.4, 1.0, 1.0]
@@ -135,3 +164,14 @@ def test_what_each_strategy_learns_from_by_hand():
     assert norms.tolist() == [3.0, 4.0, 0.0] and observed.tolist() == [True, True, False]
     norms, observed = observed_norms("shared", **arguments)
     assert norms[[0, 2]].tolist() == [2.0, 16.0] and observed.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["norm", "bandit"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_norms_that_are_not_finite_teach_nothing_where_an_exchange_has_mended_the_sum(name, value):
+    distribution = make(2, strategy="independent", distribution=name, p_min=0.1)
+    before, both = distribution.state_dict(), np.ones(2, dtype=bool)
+    local = Reading(np.array([value, 1.0]))
+    lesson = Lesson(both, np.full(2, 0.5), np.ones(2, dtype=np.int64), 1, local, mean=Reading(np.ones(2)))
+    lesson.teach(distribution, np.array([[value, 1.0]]))
+    assert all(np.array_equal(before[key], after) for key, after in distribution.state_dict().items())

@@ -107,6 +107,8 @@ class LayerDistribution:
         self.gradient_bound = float(state["gradient_bound"])
         self._set_constraints()
         inside = self.probabilities[self.eligible]
+        if self._sampling.distribution == "uniform" and inside.size and np.ptp(inside) > 1e-9:
+            inside = np.ones(inside.size)  # saved with another distribution
         if inside.size and (abs(inside.sum() - self._budget) > 1e-9 or inside.min() < self._p_min - 1e-12):
             self._project(np.log(inside))  # saved with another budget or p_min: this optimizer's hold
 
@@ -119,11 +121,11 @@ class LayerDistribution:
     def _update_by_bandit(
         self, squared_norms: np.ndarray, seen: np.ndarray, drawn_probabilities: np.ndarray, chance: np.ndarray
     ) -> None:
-        """Algorithm 1 weighs what it sees by 1/q, the chance of seeing it; where that is another, the norm makes up."""
+        """The gain has 1/q^3: 1/q^2 is of the loss, 1/q of the chance of seeing it, which may be another than q."""
         inside = self.eligible
         if not inside.any():
             return
-        squared_norms = squared_norms * np.divide(drawn_probabilities, chance, out=np.ones(chance.size), where=seen)
+        drawn_probabilities = np.cbrt(np.square(drawn_probabilities) * chance)
         self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
             self.probabilities[inside],
             squared_norms[inside],
@@ -148,7 +150,8 @@ class LayerDistribution:
         mean_square[~known] = mean_square[known].mean()
         largest = mean_square[self.eligible].max()
         if largest > 0.0:
-            self._project(0.5 * np.log(np.maximum(mean_square[self.eligible], _TINY * largest)))
+            smallest = max(_TINY * largest, np.finfo(np.float64).tiny)
+            self._project(0.5 * np.log(np.maximum(mean_square[self.eligible], smallest)))
 
     def _project(self, log_weights: np.ndarray) -> None:
         self.probabilities[self.eligible] = ops.project_probabilities(

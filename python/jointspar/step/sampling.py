@@ -21,16 +21,17 @@ class Sampling:
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
         p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with distribution="norm" at least
-            one over the draws that a step makes (world_size, or 1 with strategy="shared") or, where that is more, the
-            budget's share, so that layers stand still no oftener than they must. On few ranks that leaves nothing to
-            learn: on two at budget 0.5, and with "shared" always, every layer has the budget's share.
+            one over the draws of a step (world_size, or 1 with strategy="shared"), so that some rank is expected to
+            compute each layer, or where the budget does not allow that, its share: then all layers have the same
+            probability, and there is nothing to learn (one rank, two at budget 0.5, "shared" always).
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the
             paper: layers independent).
         distribution: "bandit" (the paper's Algorithm 1), "norm" (proportional to the gradient norms) or "uniform".
         bandit_lr: step size of Algorithm 1; None: 0.05.
-        shift: the paper's literal non-negative loss in Algorithm 1.
+        shift: the paper's literal non-negative loss in Algorithm 1, not with strategy="stratified", where a layer is
+            observed with another chance than its probability.
         lag: 1 learns from each step one step later, so that nothing waits for norms that a device still computes; a
             skipped step is then counted one step later too.
         dense_steps: so many first steps compute every layer, and the distribution learns from the norms of all.
@@ -72,6 +73,8 @@ class Sampling:
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
         if not isinstance(self.shift, bool):
             raise TypeError(f"shift: expected True or False, got {self.shift!r}")
+        if self.shift and self.strategy == "stratified":
+            raise ValueError("shift: is for strategy='independent' or 'shared', whose layers are observed as drawn")
         if isinstance(self.lag, bool) or not isinstance(self.lag, int) or self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag!r} is not 0 or 1")
         if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int) or self.dense_steps < 0:
