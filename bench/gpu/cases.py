@@ -16,6 +16,7 @@ from jointspar import ops
 
 SHAPES: dict[str, list[Shape]] = {
     "resnet50": resnet50_shapes(),
+    "10, resnet50": [(10,), *resnet50_shapes()],  # slices of the packed buffer begin between two vectors
     "100M": [(1000, 1000)] * 100,
     "161 x 64": [(64,)] * 161,
 }

@@ -1,5 +1,5 @@
 // The two 16-bit float formats as storage types; arithmetic happens in float. Conversions are branch-free integer and
-// float operations, so that compilers vectorise them and every device gives the same bits.
+// float operations, so that compilers vectorise them and every device gives the same bits, but for a NaN's payload.
 #pragma once
 
 #include "common/portable.h"

@@ -14,6 +14,7 @@ template <class T, class Sum>
 struct SquareOp {
     static constexpr int kWidth = vector_width<T>();
     static constexpr int kUnroll = unrolled(4, kWidth);
+    static constexpr int kUnrollSingle = 8;
     template <int kCount>
     using Loaded = Vector<T, kCount>;
 

@@ -26,6 +26,7 @@ struct UpdateOp {
     using Sum = typename Summed<kSum, Param, Grad>::type;
     static constexpr int kWidth = vector_width<Param, Acc, Grad>();
     static constexpr int kUnroll = unrolled(2, kWidth);  // six loads of up to 16 bytes under way
+    static constexpr int kUnrollSingle = 4;
     template <int kCount>
     struct Loaded {
         Vector<Param, kCount> params;

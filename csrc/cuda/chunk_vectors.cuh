@@ -79,23 +79,25 @@ __device__ JOINTSPAR_INLINE bool is_aligned(const T* pointer) {
     return reinterpret_cast<unsigned long long>(pointer) % (sizeof(T) * kWidth) == 0;
 }
 
-// Elements [begin, end) by vectors of kWidth. Op: kUnroll; Loaded<kWidth> load<kWidth>(at);
+// Elements [begin, end) by vectors of kWidth. Op: kUnroll and kUnrollSingle; Loaded<kWidth> load<kWidth>(at);
 // void use<kWidth>(at, loaded), where at is the first element of a vector. Loads are not conditional, since branches
-// would come between them: past the end they fetch the last vector once more, and nothing uses it.
+// would come between them: past the end they fetch the last vector once more, and nothing uses it. Single
+// elements, which unaligned data are taken by, are small: a thread loads more of them at once.
 template <int kWidth, class Op>
 __device__ JOINTSPAR_INLINE void stream_vectors(Op& op, int begin, int end) {
     using Vectors = VectorsOfThread<kWidth>;
+    constexpr int kUnroll = kWidth == 1 ? Op::kUnrollSingle : Op::kUnroll;
 #pragma unroll 1  // more would only cost registers
     for (int first = Vectors::first(begin, static_cast<int>(threadIdx.x)); first < end;
-         first += Op::kUnroll * Vectors::kStride) {
-        typename Op::template Loaded<kWidth> loaded[Op::kUnroll];
+         first += kUnroll * Vectors::kStride) {
+        typename Op::template Loaded<kWidth> loaded[kUnroll];
 #pragma unroll
-        for (int step = 0; step < Op::kUnroll; ++step) {
+        for (int step = 0; step < kUnroll; ++step) {
             const int at = first + step * Vectors::kStride;
             loaded[step] = op.template load<kWidth>(at < end ? at : end - kWidth);
         }
 #pragma unroll
-        for (int step = 0; step < Op::kUnroll; ++step) {
+        for (int step = 0; step < kUnroll; ++step) {
             const int at = first + step * Vectors::kStride;
             if (at < end) op.template use<kWidth>(at, loaded[step]);
         }

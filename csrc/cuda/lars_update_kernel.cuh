@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, min_blocks<float>())
             double sums[2] = {
                 measures_params ? norm_of_chunk(slice.update.param, slice.update.param_dtype, chunk) : 0.0,
                 has_grads ? norm_of_chunk(slice.update.grad, slice.update.grad_dtype, chunk) : 0.0};
+            if (!measures_params && !has_grads) __syncthreads();  // sums wait too: all threads have read known norms
             is_finished = finish_chunk(walk, sums, chunk_sums, num_finished);
             if (measures_params) param_norm = sqrt(sums[0]);
             if (measures_grads) grad_norm = sqrt(sums[1]);

@@ -20,6 +20,7 @@ struct PackOp {
     using Product = accumulator_t<Source, Packed>;
     static constexpr int kWidth = vector_width<Source, Packed>();
     static constexpr int kUnroll = unrolled(4, kWidth);
+    static constexpr int kUnrollSingle = 8;
     template <int kCount>
     using Loaded = Vector<Source, kCount>;
 

@@ -17,6 +17,7 @@ template <class Packed, class Target, bool kAdd>
 struct UnpackOp {
     static constexpr int kWidth = vector_width<Packed, Target>();
     static constexpr int kUnroll = unrolled(4, kWidth);
+    static constexpr int kUnrollSingle = 8;
     template <int kCount>
     struct Loaded {
         Vector<Packed, kCount> packed;

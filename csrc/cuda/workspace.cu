@@ -119,9 +119,10 @@ WorkspacePointers memory_for_graph(const std::vector<std::byte>& table, const Wo
 WorkspacePointers memory_for_stream(StreamMemory& memory, cudaStream_t stream, Operation operation,
                                     const std::vector<std::byte>& table, const WorkspaceSizes& sizes) {
     if (memory.counters.reserve(counter_bytes(sizes))) {
-        check_cuda(
-            cudaMemsetAsync(memory.counters.data(), 0, static_cast<std::size_t>(memory.counters.capacity()), stream),
-            "cudaMemsetAsync (workspace)");
+        const auto num_bytes = static_cast<std::size_t>(memory.counters.capacity());
+        const cudaError_t status = cudaMemsetAsync(memory.counters.data(), 0, num_bytes, stream);
+        if (status != cudaSuccess) memory.counters = DeviceMemory();  // the next call begins anew
+        check_cuda(status, "cudaMemsetAsync (workspace)");
     }
     memory.doubles.reserve(double_bytes(sizes));
     const std::byte* device_table =

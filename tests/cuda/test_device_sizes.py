@@ -85,6 +85,26 @@ def test_updates_agree_with_the_reference(rng: np.random.Generator, dtype: str, 
     np.testing.assert_allclose(norms.cpu(), expected_norms, rtol=NORM_TOLERANCE[dtype])
 
 
+def test_norms_of_which_some_are_known_among_more_chunks_than_blocks(rng: np.random.Generator) -> None:
+    """As in every 100th step of an optimizer: a block takes several chunks, of slices to measure and of others."""
+    shapes = [(size, 3) for size in rng.integers(100_000, 300_000, 20).tolist()]
+    params, grads = ([rng.standard_normal(shape, np.float32) for shape in shapes] for _ in range(2))
+    norms = np.array([[np.linalg.norm(array.astype(np.float64)) for array in arrays] for arrays in (params, grads)])
+    expected = [
+        weights - 0.5 * 0.02 * w / (g + 1e-2 * w + 1e-8) * (grad + 1e-2 * weights)
+        for weights, grad, w, g in zip(params, grads, *norms, strict=True)
+    ]
+    on_device = [[torch.from_numpy(array.copy()).to(DEVICE) for array in arrays] for arrays in (params, grads)]
+    momenta = [torch.zeros_like(param) for param in on_device[0]]
+    given = norms.copy()
+    given[0, ::2] = given[1, ::3] = np.nan
+    param_norms, grad_norms = torch.from_numpy(given).to(DEVICE)
+    found = ops.lars_update(on_device[0], momenta, on_device[1], **LARS, param_norms=param_norms, grad_norms=grad_norms)
+    np.testing.assert_allclose(found.grad_norms.cpu(), norms[1], rtol=1e-6)
+    for actual, values in zip(on_device[0], expected, strict=True):
+        np.testing.assert_allclose(actual.cpu(), values, rtol=1e-5, atol=1e-6)
+
+
 def test_more_than_2_to_the_31_elements_in_one_slice() -> None:
     size = 2**31 + 5
     needed = 10 * size + 2**30  # two of 2 bytes, one of 4, and what torch keeps besides

@@ -295,9 +295,11 @@ def test_everything_runs_on_the_stream_of_the_arrays(cupy, rng):
 
 
 def test_a_stream_capture_is_refused_with_advice(cupy, rng):
+    arrays = random_arrays(cupy, rng, "float32", (10, 10))
     cupy.capturing = True
-    with pytest.raises(RuntimeError, match="JOINTSPAR_CUDA_EXT"):
-        on_device().squared_norms(random_arrays(cupy, rng, "float32"), None)
+    for call in (lambda: on_device().squared_norms(arrays, None), lambda: on_device().add_packed(*arrays)):
+        with pytest.raises(RuntimeError, match="JOINTSPAR_CUDA_EXT"):
+            call()
     assert not cupy.launches
 
 

@@ -39,8 +39,17 @@ class Queue(NamedTuple):
 
 @contextlib.contextmanager
 def queue_on(device: int, stream: int) -> Iterator[Queue]:
-    """Makes the device, and the stream of this handle, CuPy's current ones for a call."""
+    """Makes the device, and the stream of this handle, CuPy's current ones for a call.
+
+    Raises RuntimeError while the stream is captured: a graph would need memory of its own, which CuPy cannot get
+    without disturbing the capture.
+    """
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as external:
+        if external.is_capturing():
+            raise RuntimeError(
+                "a stream capture needs the compiled CUDA kernels: build jointspar where nvcc is found "
+                "(JOINTSPAR_CUDA_EXT=1)"
+            )
         yield Queue(device, external)
 
 

@@ -33,16 +33,7 @@ class Workspace(NamedTuple):
 
 @contextlib.contextmanager
 def workspace(queue: Queue, table: bytes, num_slices: int = 0, num_doubles: int = 0) -> Iterator[Workspace]:
-    """Upload the table and hold the stream's workspace until the last launch: those of other threads wait.
-
-    Raises RuntimeError while the stream is captured: a graph would need memory of its own, which CuPy cannot get
-    without disturbing the capture.
-    """
-    if queue.stream.is_capturing():
-        raise RuntimeError(
-            "a stream capture needs the compiled CUDA kernels: build jointspar where nvcc is found "
-            "(JOINTSPAR_CUDA_EXT=1)"
-        )
+    """Upload the table and hold the stream's workspace until the last launch: those of other threads wait."""
     memory = _memory_of(queue)
     with memory.lock:
         yield memory.prepare(queue.stream, table, num_slices, num_doubles)
