@@ -21,15 +21,14 @@ def test_a_fraction_and_a_count_are_told_apart():
         (Sampling(budget=0.5), 8, 0.125),
         (Sampling(budget=0.5), 16, 0.1),
         (Sampling(budget=0.125), 64, 0.05),
-        (Sampling(budget=0.5, strategy="independent"), 2, 0.5),
-        (Sampling(budget=0.5, strategy="independent"), 16, 0.1),
+        (Sampling(budget=0.5, strategy="independent"), 2, 0.1),
         (Sampling(budget=0.5, strategy="shared"), 16, 0.5),
         (Sampling(budget=0.5, distribution="bandit"), 2, 0.1),
         (Sampling(budget=0.125, distribution="bandit"), 2, 0.05),
     ],
 )
 def test_p_min_defaults_as_documented(sampling, world_size, p_min):
-    """A step draws once a rank, or once in all: from one over the draws on, each layer is expected to be computed."""
+    """A stratified draw gives a layer to floor or ceil of world_size * p ranks, so to one at least from 1 on."""
     assert sampling.constraints(64, world_size=world_size) == (sampling.budget * 64, pytest.approx(p_min))
 
 

@@ -20,10 +20,10 @@ class Sampling:
 
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
-        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with distribution="norm" at least
-            one over the draws of a step (world_size, or 1 with strategy="shared"), so that some rank is expected to
-            compute each layer, or where the budget does not allow that, its share: then all layers have the same
-            probability, and there is nothing to learn (one rank, two at budget 0.5, "shared" always).
+        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with distribution="norm" and one
+            draw for all ranks at least 1 / world_size ("stratified", where some rank then computes each layer in every
+            step) or 1 ("shared"), or the budget's share where that is less: then all layers have the same probability,
+            and there is nothing to learn (one rank, two at budget 0.5, "shared" always).
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the
@@ -36,7 +36,8 @@ class Sampling:
             skipped step is then counted one step later too.
         dense_steps: so many first steps compute every layer, and the distribution learns from the norms of all.
         seed: key of the random numbers; the same on all ranks.
-        grouping: "module" or "tensor", see `group_layers`.
+        grouping: "module" or "tensor", see `group_layers`. The budget counts layers: with "tensor" and "norm" large
+            matrices have probabilities near 1 and biases p_min, so that little is saved.
 
     Source: Liu & Mozafari 2022, Algorithms 1 and 2. Extensions: "stratified", "shared", "systematic", "norm", lag,
     dense_steps.
@@ -127,10 +128,10 @@ class Sampling:
     def _default_p_min(self, share: float, world_size: int) -> float:
         """A layer that nobody computes stands still, and the rarer one is computed the more 1/p amplifies its noise."""
         low = min(0.1, share / 2.5)
-        if self.distribution != "norm":
+        if self.distribution != "norm" or self.strategy == "independent":
             return low
-        draws = 1 if self.strategy == "shared" else world_size
-        return max(low, min(share, 1.0 / draws))
+        by_some_rank = 1.0 if self.strategy == "shared" else 1.0 / world_size
+        return max(low, min(share, by_some_rank))
 
 
 def probabilities_to_draw(probabilities: np.ndarray, sampling: Sampling, step: int) -> np.ndarray:
