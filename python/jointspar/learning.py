@@ -60,7 +60,7 @@ class Lesson:
             return False
         was_drawn = self.active | (self.counts != 0)
         is_drawable = ((self.drawn > 0.0) | ~was_drawn) & (self.drawn >= 0.0) & (self.drawn <= 1.0)
-        return bool(is_drawable.all() and not (np.minimum(local, mean) < 0.0).any())
+        return bool(is_drawable.all() and not ((local < 0.0) | (mean < 0.0)).any())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         arrays = {"active": self.active, "drawn": self.drawn, "counts": self.counts, "local": self.local.wait()}

@@ -24,6 +24,13 @@ def test_dense_methods_refuse_the_flags_of_sampling(method: str, name: str) -> N
         TrainConfig(out=OUT, method=method, **{name: SAMPLES[name]})
 
 
+@pytest.mark.parametrize("strategy", [None, "stratified"])
+def test_shift_is_refused_where_layers_are_observed_with_another_chance(strategy: str | None) -> None:
+    with pytest.raises(ValueError, match="--shift is for --strategy"):
+        TrainConfig(out=OUT, distribution="bandit", shift=True, strategy=strategy)
+    assert TrainConfig(out=OUT, distribution="bandit", shift=True, strategy="independent").shift
+
+
 @pytest.mark.parametrize("method", ["sgd", "jointspar", "topk"])
 def test_methods_without_lars_refuse_its_trust_coefficient(method: str) -> None:
     with pytest.raises(ValueError, match="--trust-coefficient does not act"):

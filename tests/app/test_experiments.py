@@ -128,6 +128,7 @@ def test_no_milestones_are_none_on_the_command_line_too(tmp_path: Path) -> None:
 def test_flags_say_what_the_list_says(tmp_path: Path) -> None:
     settings = {
         "method": "jointspar",
+        "strategy": "shared",
         "distribution": "bandit",
         "shift": True,
         "milestones": [1, 2.5],
@@ -137,7 +138,8 @@ def test_flags_say_what_the_list_says(tmp_path: Path) -> None:
     content = {**MINIMAL, "experiments": [{"name": "one", "simulate_workers": 3, "runs": {"a b": settings}}]}
     (run,) = runs.runs_of(parse_list("L", content), tmp_path)
     assert run.flags() == [
-        "--out", str(tmp_path / "one/a-b/seed-0"), "--method", "jointspar", "--distribution", "bandit", "--shift",
+        "--out", str(tmp_path / "one/a-b/seed-0"), "--method", "jointspar",
+        "--strategy", "shared", "--distribution", "bandit", "--shift",
         "--milestones", "1.0", "2.5", "--seed", "0", "--simulate-workers", "3",
     ]  # fmt: skip
 

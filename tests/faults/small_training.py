@@ -39,7 +39,7 @@ def build_model() -> nn.Module:
 
 def build_optimizer(model: nn.Module, **settings: Any) -> js.JointSparSGD:
     """All ranks draw the same layers, and nothing is measured, unless the settings say otherwise."""
-    settings = {"sampling": js.Sampling(strategy="shared"), "exchange": "ring"} | settings
+    settings = {"sampling": js.Sampling(strategy="shared", p_min=0.1), "exchange": "ring"} | settings
     return js.JointSparSGD(model.named_parameters(), lr=1e-3, **settings)
 
 

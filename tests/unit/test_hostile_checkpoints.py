@@ -206,6 +206,9 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "a bound below 0": tensor_of("distribution.gradient_bound", torch.tensor(-1.0, dtype=torch.float64)),
     "a lesson of too many layers": tensor_of("lesson.counts", torch.ones(3, dtype=torch.int64)),
     "a lesson of negative norms": tensor_of("lesson.local", TWO - 1),
+    "a lesson of negative norms beside NaN": lambda folder: [
+        forge(folder) for forge in (tensor_of("lesson.local", TWO / 0), tensor_of("lesson.mean", TWO - 1))
+    ],
     "a lesson of impossible draws": tensor_of("lesson.drawn", TWO + 2),
     "flags of too many parameters": tensor_of("trainable", torch.ones(5, dtype=torch.bool)),
     "flags of two dimensions": tensor_of("trainable", torch.ones(4, 1, dtype=torch.bool)),

@@ -490,7 +490,7 @@ def test_fifty_skipped_steps_in_a_row_are_an_error():
 
 def test_grad_scaler_gives_the_unscaled_step_and_skips_overflow():
     model, twin = make_model(torch.float64), make_model(torch.float64)
-    sampling = js.Sampling(budget=2)
+    sampling = js.Sampling(budget=2, p_min=0.1)
     optimizer = js.JointSparLARS(model.named_parameters(), sampling=sampling)
     plain = js.JointSparLARS(twin.named_parameters(), sampling=sampling)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

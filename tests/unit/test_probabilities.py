@@ -98,19 +98,20 @@ def test_bandit_gains_by_hand_where_a_layer_is_observed_more_often_than_it_is_dr
     np.testing.assert_allclose(distribution.probabilities, weights / weights.sum(), rtol=1e-12)
 
 
-def test_norms_at_the_end_of_the_range_are_learnt():
+def test_norms_below_the_range_of_logarithms_are_taken_as_alike():
     distribution = make(3, budget=1, distribution="norm", p_min=0.1)
     for _ in range(2):
         distribution.update(np.array([1e-313, 0.0, 2e-313]), np.ones(3, dtype=bool))
-    assert distribution.probabilities.sum() == pytest.approx(1.0, abs=1e-9)
+    np.testing.assert_allclose(distribution.probabilities, 1 / 3, rtol=1e-12)
 
 
-def test_uniform_does_not_keep_what_another_distribution_has_learnt():
+@pytest.mark.parametrize("budget", [0.25, 0.5, 1.0])
+def test_uniform_does_not_keep_what_another_distribution_has_learnt(budget):
     learnt = make(distribution="norm", p_min=0.1)
     learnt.update(np.arange(1.0, 7.0), np.ones(6, dtype=bool))
-    uniform = make(distribution="uniform")
+    uniform = make(budget=budget, distribution="uniform")
     uniform.load_state_dict(learnt.state_dict())
-    np.testing.assert_allclose(uniform.probabilities, 0.5, rtol=1e-12)
+    np.testing.assert_allclose(uniform.probabilities, budget, rtol=1e-12)
 
 
 def test_a_layer_is_seen_by_somebody_with_the_chance_of_its_strategy():

@@ -114,7 +114,11 @@ class StreamMemory:
 
     def prepare(self, stream: Any, table: bytes, num_slices: int, num_doubles: int) -> Workspace:
         if self._counters.reserve(SKIP_STATE.itemsize + 4 * num_slices):
-            cupy.cuda.runtime.memsetAsync(self._counters.address, 0, self._counters.capacity, stream.ptr)
+            try:
+                cupy.cuda.runtime.memsetAsync(self._counters.address, 0, self._counters.capacity, stream.ptr)
+            except BaseException:
+                self._counters = DeviceMemory()  # the next call begins anew
+                raise
         self._doubles.reserve(8 * num_doubles)
         self._table.reserve(len(table))
         self._ring.copy(self._table.address, table, stream)

@@ -108,8 +108,8 @@ class LayerDistribution:
         self._set_constraints()
         inside = self.probabilities[self.eligible]
         if self._sampling.distribution == "uniform" and inside.size and np.ptp(inside) > 1e-9:
-            inside = np.ones(inside.size)  # saved with another distribution
-        if inside.size and (abs(inside.sum() - self._budget) > 1e-9 or inside.min() < self._p_min - 1e-12):
+            self._project(np.zeros(inside.size))  # saved with another distribution
+        elif inside.size and (abs(inside.sum() - self._budget) > 1e-9 or inside.min() < self._p_min - 1e-12):
             self._project(np.log(inside))  # saved with another budget or p_min: this optimizer's hold
 
     def _set_constraints(self) -> None:
@@ -125,7 +125,8 @@ class LayerDistribution:
         inside = self.eligible
         if not inside.any():
             return
-        drawn_probabilities = np.cbrt(np.square(drawn_probabilities) * chance)
+        is_own = chance == drawn_probabilities
+        drawn_probabilities = np.where(is_own, chance, np.cbrt(np.square(drawn_probabilities) * chance))
         self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
             self.probabilities[inside],
             squared_norms[inside],

@@ -87,9 +87,13 @@ def _add_sampling_flags(sampling: argparse._ArgumentGroup) -> None:
         "--bandit-lr", type=float, metavar="LR", help="step size of --distribution bandit (default 0.05)"
     )
     sampling.add_argument(
-        "--shift", action="store_true", help="with --distribution bandit: the paper's losses, shifted to be positive"
+        "--shift",
+        action="store_true",
+        help="with --distribution bandit, --strategy independent or shared: the paper's losses, shifted above 0",
     )
-    sampling.add_argument("--p-min", type=float, metavar="P", help="smallest probability of a layer")
+    sampling.add_argument(
+        "--p-min", type=float, metavar="P", help="smallest probability of a layer (default: see js.Sampling)"
+    )
     sampling.add_argument(
         "--inactive", metavar="I", help="what happens to layers that nobody computed: skip (default), decay"
     )
