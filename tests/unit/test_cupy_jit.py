@@ -303,6 +303,20 @@ def test_a_stream_capture_is_refused_with_advice(cupy, rng):
     assert not cupy.launches
 
 
+def test_after_a_clearing_that_failed_the_next_call_clears_anew(cupy, rng, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    arrays = random_arrays(cupy, rng, "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(cupy.cuda.runtime, "memsetAsync", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            on_device().squared_norms(arrays, None)
+    squared = on_device().squared_norms(arrays, None)
+    cupy.synchronize()
+    np.testing.assert_allclose(float64(squared), [np.square(float64(array)).sum() for array in arrays], rtol=1e-6)
+
+
 def test_calls_without_arrays_do_nothing(cupy):
     serving = on_device()
     empty = cupy.empty(0, "float32")

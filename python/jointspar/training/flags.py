@@ -92,7 +92,11 @@ def _add_sampling_flags(sampling: argparse._ArgumentGroup) -> None:
         help="with --distribution bandit, --strategy independent or shared: the paper's losses, shifted above 0",
     )
     sampling.add_argument(
-        "--p-min", type=float, metavar="P", help="smallest probability of a layer (default: see js.Sampling)"
+        "--p-min",
+        type=float,
+        metavar="P",
+        help="smallest probability of a layer (default 0.1, or less at small budgets; with --distribution norm at "
+        "least 1 over the ranks if --strategy is stratified, the budget's share if it is shared: all layers alike)",
     )
     sampling.add_argument(
         "--inactive", metavar="I", help="what happens to layers that nobody computed: skip (default), decay"
