@@ -119,8 +119,11 @@ class JointSparOptimizer(torch.optim.Optimizer):
 
     @property
     def probabilities(self) -> torch.Tensor:
-        """float64 [num_layers]: of the next draw (rank-local with strategy="independent"); 0 for frozen layers."""
-        return torch.from_numpy(self._pipeline.distribution.probabilities.copy())
+        """float64 [num_layers]: what `active` was drawn from; 0 for frozen layers, 1 while `dense_steps` last.
+
+        Rank-local with strategy="independent".
+        """
+        return torch.from_numpy(self._pipeline.drawn.copy())
 
     @property
     def stats(self) -> Stats:
@@ -161,14 +164,24 @@ class JointSparOptimizer(torch.optim.Optimizer):
 
         Raises: DesyncError where ranks disagree, CollectiveTimeout where one does not come.
         """
+        try:
+            return self._step(closure, max_norm)
+        except BaseException:
+            self._forget_scaler()
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
         _check_kind("closure", closure, "a function", closure is None or callable(closure))
         if max_norm is not None and self._exchanged is not None:
             raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
         if closure is not None and self._exchanged is not None:
             raise ValueError("closure: the gradients were exchanged already; call step() without it")
         if getattr(self, "grad_scale", None) is not None and self._exchanged is not None:
+            self._exchanged = None
+            self._pipeline.discard()
             raise JointSparError(
-                "scaled gradients were exchanged: call scaler.unscale_(optimizer) before synchronize()"
+                "scaled gradients were exchanged: call scaler.unscale_(optimizer) before synchronize(). What was "
+                "exchanged is dropped; the step can be made again"
             )
         loss = None
         if closure is not None:
@@ -221,6 +234,8 @@ class JointSparOptimizer(torch.optim.Optimizer):
         directly is honoured too where it is visible; but a layer that is inactive at that moment has the flag off
         already, on this rank or another, so prefer this call.
         """
+        if self._exchanged is not None:
+            raise JointSparError("set_trainable: not between synchronize() and step()")
         position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
         _check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
         _check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
@@ -275,6 +290,11 @@ class JointSparOptimizer(torch.optim.Optimizer):
         """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
         self._pipeline.agreement.finish()
 
+    def _forget_scaler(self) -> None:
+        """Drop what GradScaler left for a step that was not made: it would multiply its scale by it next time."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
     def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
         _check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
         if max_norm is not None and not max_norm > 0.0:
@@ -300,6 +320,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         Raises: JointSparError where the transport cannot shrink, or the exchange is a CustomExchange.
         """
         self._exchanged = None
+        self._forget_scaler()
         self._pipeline, self._update = go_on_without(
             self._pipeline, self._make_pipeline, self._parameters, self._momenta, self._update_type
         )
@@ -322,6 +343,8 @@ class JointSparOptimizer(torch.optim.Optimizer):
 
         Rank-local: with strategy="independent" every rank has its own probabilities.
         """
+        for parameter, momentum in zip(self._parameters, self._momenta, strict=True):  # whatever `state` was made since
+            self.state.setdefault(parameter, {})["momentum_buffer"] = momentum
         own = self._pipeline.state_dict() | {"update": self._update.state_dict()}
         return super().state_dict() | {"jointspar": own}
 
@@ -329,6 +352,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`, exactly, once the weights are loaded. Collective: every rank loads its own.
 
+        Freezes and thaws parameters as they were then; `set_trainable` afterwards changes that.
         Raises ValueError for a state of other parameters or layers; nothing was changed then.
         """
         self.check_state_dict(state_dict)
@@ -340,7 +364,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged = None
-        own = state_dict["jointspar"]
+        own = _on_host(state_dict["jointspar"])
         self._update.load_state_dict(own.get("update", {}))
         self._pipeline.load_state_dict(own, also_agreed=list(self._update.state_dict().values()))
 
@@ -356,6 +380,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         own = state_dict.get("jointspar")
         if own is None:
             raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
+        own = _on_host(own)
         self._pipeline.check_state(own)
         self._update.check_state(own.get("update", {}))
         groups, state = state_dict["param_groups"], state_dict["state"]
@@ -374,6 +399,13 @@ class JointSparOptimizer(torch.optim.Optimizer):
 
 def _as_float(value: Any, default: float) -> float:
     return default if value is None else float(value)
+
+
+def _on_host(value: Any) -> Any:
+    """A state with its tensors in host memory, wherever torch.load's map_location has put them."""
+    if isinstance(value, Mapping):
+        return {name: _on_host(entry) for name, entry in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _check_kind(name: str, value: object, expected: str, is_right: bool) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000042` in the directory that the user names, which all ranks must see:
 `shared.safetensors` (weights and momentum, written by rank 0), `rank-R.safetensors` (that rank's buffers, probabilities
-and random state) and `manifest.json`. It gets its name only when every byte is on disk.
+and torch's random state) and `manifest.json`. It gets its name only when every byte is on disk. Random state of NumPy
+or of `random`, where a user's data depend on it, has its place in `extra`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import Op
-from jointspar.errors import CheckpointError
+from jointspar.errors import CheckpointError, warn_user
 from jointspar.files import check_plain, sha256, sync_folder, write_whole
 from jointspar.plain_json import from_json, to_json
 
@@ -166,12 +166,12 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
                 *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.is_rank_local),
             )
         except _Refused as error:  # perhaps on this rank alone
-            warnings.warn(f"refusing a checkpoint: {error}", stacklevel=3)
+            warn_user(f"refusing a checkpoint: {error}")
             raise
         except CheckpointError as error:
             problems.append(str(error))
             passed.append(folder)
-            warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
+            warn_user(f"passing over a checkpoint: {error}")
             continue
         optimizer.meet(Op.LOAD, stable_hash(folder.name))
         if optimizer.comm.rank == 0:

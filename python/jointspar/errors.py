@@ -1,4 +1,10 @@
-"""The exceptions that jointspar raises beyond ValueError and TypeError for bad arguments."""
+"""The exceptions that jointspar raises beyond ValueError and TypeError for bad arguments, and how it warns."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
 
 
 class JointSparError(RuntimeError):
@@ -19,3 +25,12 @@ class RanksLost(JointSparError):
 
 class CheckpointError(JointSparError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line that called into this package, through torch where torch calls it."""
+    level, frame = 1, sys._getframe()
+    outer: FrameType | None = frame
+    while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] in ("jointspar", "torch"):
+        level, outer = level + 1, outer.f_back
+    warnings.warn(message, stacklevel=level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import Reading
 from jointspar.early_exchange import EarlyExchange
+from jointspar.errors import warn_user
 from jointspar.gradient_sum import GradientSum
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
@@ -79,6 +79,11 @@ class GradientExchange:
         if self.early is not None:
             self.early.arm()
 
+    def discard(self) -> None:
+        """Forget what `run` returned in this step; the next one exchanges anew, on all ranks alike."""
+        if self.early is not None:
+            self.early.why_void = "what it had sent was not applied"
+
     def run(
         self, lesson_before: Lesson | None, hyper_agreed: Sequence[object], *, grad_scale: float, found_inf: float
     ) -> Exchanged:
@@ -88,6 +93,7 @@ class GradientExchange:
         ranks. grad_scale, found_inf: see `Pipeline.exchange_gradients`.
         """
         stats = self.stats
+        self._packer.check_parameters()
         early = self._sum_early(grad_scale)
         total = self._packed(grad_scale) if early is None else early
         world_size, local = self._comm.world_size, self._local_norms(total, grad_scale)
@@ -147,7 +153,7 @@ class GradientExchange:
         if not self._has_warned:
             self._has_warned = True
             what = f"overlap=True: what backward of step {self._step} sent was void, and is sent anew"
-            warnings.warn(f"{what}: {why}", stacklevel=7)
+            warn_user(f"{what}: {why}")
         return None
 
     def _begin_early(self) -> GradientSum:

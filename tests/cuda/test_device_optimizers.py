@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import math
 from typing import Any
 
@@ -132,13 +132,17 @@ def test_a_grad_scaler_changes_nothing_but_skips_what_overflows(kind: Any, lag: 
 
 
 @both_kinds
-def test_a_state_moves_from_the_host_to_a_device(kind: Any) -> None:
+@pytest.mark.parametrize("map_location", ["cpu", DEVICE])
+def test_a_state_moves_from_the_host_to_a_device(kind: Any, map_location: str) -> None:
     models = [make_model("cpu"), make_model(DEVICE)]
     optimizers = [kind(model.named_parameters(), sampling=sampling()) for model in models]
     for seed in range(10):
         step(models[0], optimizers[0], seed)
     models[1].load_state_dict(models[0].state_dict())
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    file = io.BytesIO()
+    torch.save(optimizers[0].state_dict(), file)
+    file.seek(0)
+    optimizers[1].load_state_dict(torch.load(file, map_location=map_location))
     for seed in range(10, 20):
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer, seed)

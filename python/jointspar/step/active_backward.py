@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from jointspar.errors import JointSparError
+from jointspar.errors import JointSparError, warn_user
 
 _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the ActiveBackward that toggles it
 
@@ -24,10 +23,10 @@ class ActiveBackward:
     """Owns requires_grad of an optimizer's parameters between its construction and `release`.
 
     `trainable` (bool [num_parameters]) is what the user wants trained. A flag that differs from what was set here was
-    changed by the user: `observe` honours it. A parameter of an inactive layer already has the flag off, so freezing
-    it leaves no trace: that is what `set_trainable` is for. An owner that goes away, or is followed by another on the
-    same parameters, gives the flags back. Reentrant checkpointing is refused at the first gradient that it makes: a
-    segment whose input needs no gradient gives its parameters none, active or not.
+    changed by the user: `observe` honours it. A parameter of an inactive layer already has the flag off, so freezing it
+    leaves no trace: that is what `set_trainable` is for. An owner that goes away gives the flags back; so does one that
+    is followed by another on any of its parameters, and makes no more steps. Reentrant checkpointing is refused at the
+    first gradient that it makes: a segment whose input needs no gradient gives its parameters none, active or not.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -35,12 +34,14 @@ class ActiveBackward:
             owner = _owners[parameter]() if parameter in _owners else None
             if owner is not None:
                 owner.release()
+                owner._is_superseded = True
+        self._is_superseded = False
         self._parameters = parameters
         self.trainable = np.array([parameter.requires_grad for parameter in parameters], dtype=bool)
         self._trainable_before = self.trainable.copy()  # when the iteration under way began
         self._as_set = self.trainable.copy()
         self._fallback = len(parameters) - 1
-        self._is_reached = self.trainable.copy()  # whether the loss depends on it, as far as is known
+        self._is_reached = self.trainable.copy()  # whether every loss so far depended on it, as far as is known
         self._note: weakref.WeakMethod[Callable[[int], None]] | None = None
         self._watched: dict[int, RemovableHandle] = {}
         self._has_warned = False
@@ -59,7 +60,7 @@ class ActiveBackward:
         return self.trainable & self._trainable_before
 
     def watch(self, note: weakref.WeakMethod[Callable[[int], None]]) -> None:
-        """Call note()(position) where a backward has accumulated a parameter's gradient, until `release`."""
+        """Call note()(position) where a backward has accumulated a parameter's gradient."""
         self._note = note
         self._watch_differentiable()
 
@@ -70,14 +71,15 @@ class ActiveBackward:
 
     def observe_flags(self) -> None:
         """The first half of `observe`, which may come before the last gradient."""
+        if self._is_superseded:  # each would take what the other sets for the user's wish
+            raise JointSparError("another optimizer was built on these parameters since: only that one can step")
         found = np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
         changed = found != self._as_set
         if not self._has_warned and (changed & found & self._trainable_before).any():
             self._has_warned = True
-            warnings.warn(
+            warn_user(
                 "requires_grad was set on parameters of layers that are inactive in this step: what backward computes "
                 "for them is dropped, and no time saved. Freeze and thaw by optimizer.set_trainable",
-                stacklevel=10,  # the caller of step()
             )
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
@@ -85,8 +87,9 @@ class ActiveBackward:
     def observe_grads(self) -> None:
         """The second half, after backward."""
         has_grad = np.array([parameter.grad is not None for parameter in self._parameters], dtype=bool)
-        self._is_reached[self._as_set] = has_grad[self._as_set]
-        self._fallback = int(np.flatnonzero(has_grad)[-1]) if has_grad.any() else self._fallback
+        self._is_reached[self._as_set] &= has_grad[self._as_set]
+        candidates = has_grad & self._is_reached if (has_grad & self._is_reached).any() else has_grad
+        self._fallback = int(np.flatnonzero(candidates)[-1]) if has_grad.any() else self._fallback
 
     def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
         """Freeze or thaw parameters, active or not."""
@@ -95,9 +98,9 @@ class ActiveBackward:
     def activate(self, wanted: np.ndarray) -> None:
         """Let autograd compute the gradients of `wanted` parameters (bool [num_parameters]) and of no others.
 
-        Where nothing is wanted, or only what got no gradient when it last could (a head that the loss leaves out), the
-        last trainable parameter that had a gradient stays differentiable, so that the user's `loss.backward()` works;
-        its gradient is discarded. Before the first gradients nothing is known of such heads.
+        Where nothing is wanted, or only what once got no gradient when it could (a head that some losses leave out),
+        the last trainable parameter that had one whenever it could stays differentiable, so that the user's
+        `loss.backward()` works; its gradient is discarded. Before a head was left out nothing is known of it.
         """
         flags = wanted & self.trainable
         if not (flags & self._is_reached).any() and self.trainable.any():
@@ -111,11 +114,13 @@ class ActiveBackward:
             self._watch_differentiable()
 
     def release(self) -> None:
-        """Give requires_grad back: as it was found, but for what the user changed since."""
-        self._note = None
+        """Give requires_grad back: as it was found, but for what the user changed since. `activate` takes it again."""
+        if self._is_superseded:
+            return
         _remove(self._watched)
-        self._has_warned = True  # of a step that will not come
+        has_warned, self._has_warned = self._has_warned, True  # of a step that may not come
         self.observe_flags()
+        self._has_warned = has_warned
         _give_back(self._parameters, self.trainable, self._as_set)
 
     def _watch_differentiable(self) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Layers:
     @cached_property
     def sizes(self) -> np.ndarray:
         """int64 [num_layers], elements."""
-        return np.array([sum(self.parameters[index].numel() for index in layer.parameters) for layer in self.sampled])
+        return np.array([layer.numel for layer in self.sampled])
 
     def wanted_parameters(self, active: np.ndarray) -> np.ndarray:
         """bool [..., num_parameters]: those of active layers (bool [..., num_layers]) and the always-active ones."""
@@ -81,6 +81,8 @@ def named_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[tupl
 
     `params` holds (name, tensor) pairs, tensors, or groups of either; a tensor that comes again (tied) is dropped.
     Unnamed parameters are layers of their own.
+
+    Raises TypeError for anything else, ValueError for a tensor in two groups, whose settings could not both act.
     """
     if isinstance(params, (torch.Tensor, dict)):
         raise TypeError(f"params: expected named_parameters() or parameter groups, got {type(params).__name__}")
@@ -91,15 +93,17 @@ def named_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[tupl
             raise TypeError('params: where one item is a parameter group, all must be, each with its "params"')
         groups = [dict(item) for item in given]
     named: list[tuple[str, torch.Tensor]] = []
-    seen: set[int] = set()
-    for group in groups:
+    group_of: dict[int, int] = {}
+    for group_index, group in enumerate(groups):
         members = group["params"]
         own: list[tuple[str, torch.Tensor]] = []
         for item in [members] if isinstance(members, torch.Tensor) else _ordered(members):
             name, tensor = _pair(item, len(named) + len(own))
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
+            if id(tensor) not in group_of:
+                group_of[id(tensor)] = group_index
                 own.append((name, tensor))
+            elif group_of[id(tensor)] != group_index:
+                raise ValueError(f"params: {name!r} is in parameter groups {group_of[id(tensor)]} and {group_index}")
         named += own
         group["params"] = [tensor for _, tensor in own]
     return groups, named
@@ -158,12 +162,13 @@ def _clean_names(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[
     """Look through wrappers' prefixes; tell apart different tensors of one name (of two models, say)."""
     names: list[str] = []
     parameters: list[torch.Tensor] = []
-    uses: dict[str, int] = {}
+    taken: set[str] = set()
     for name, parameter in named_parameters:
         _check_parameter(name, parameter)
         clean = _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".")
-        uses[clean] = uses.get(clean, 0) + 1
-        names.append(clean if uses[clean] == 1 else f"model{uses[clean]}.{clean}")
+        candidates = chain([clean], (f"model{number}.{clean}" for number in count(2)))
+        names.append(next(candidate for candidate in candidates if candidate not in taken))
+        taken.add(names[-1])
         parameters.append(parameter)
         if parameter.device != parameters[0].device:
             raise ValueError(f"params: {name!r} is on {parameter.device}, but {names[0]!r} on {parameters[0].device}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +11,7 @@ import torch
 
 from jointspar import ops
 from jointspar.arguments import dtype_name
+from jointspar.errors import JointSparError, warn_user
 
 _EVEN = 1.25  # a bucket's bytes of the busiest rank, over those of the mean rank
 
@@ -61,6 +61,21 @@ class Packer:
         self._buffer = torch.empty(0, dtype=self.wire_dtype, device=parameters[0].device)
         self._bucket_bytes = bucket_bytes
         self._warned: set[int] = set()
+        self._kinds = [_kind(parameter) for parameter in parameters]
+        self._pointers = [parameter.data_ptr() for parameter in parameters]
+
+    def check_parameters(self) -> None:
+        """Raises JointSparError for a parameter that was moved or converted since this was built."""
+        pointers = [parameter.data_ptr() for parameter in self._parameters]
+        if pointers == self._pointers:  # nearly always, and whatever moves or converts a tensor changes it
+            return
+        for name, parameter, kind in zip(self._names, self._parameters, self._kinds, strict=True):
+            if _kind(parameter) != kind:
+                raise JointSparError(
+                    f"{name} was {_in_words(kind)} when the optimizer was built and is {_in_words(_kind(parameter))}: "
+                    "build it after model.to(...) or anything else that moves or converts parameters"
+                )
+        self._pointers = pointers
 
     def dense_bytes(self, trainable: np.ndarray) -> int:
         """Bytes of a buffer that holds every trainable parameter (bool [num_parameters])."""
@@ -162,11 +177,20 @@ class Packer:
         if position in self._warned:
             return
         self._warned.add(position)
-        warnings.warn(
-            f"{self._names[position]} was active but got no gradient: it counts as zero. Right if the loss does not "
-            "depend on it; wrong inside torch.utils.checkpoint with use_reentrant=True (pass False)",
-            stacklevel=5,
+        warn_user(
+            f"{self._names[position]} was active but got no gradient: it counts as zero, so that momentum and weight "
+            "decay still move it. Right if the loss does not depend on it in this step; wrong inside "
+            "torch.utils.checkpoint with use_reentrant=True (pass False)"
         )
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]:
+    return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+
+
+def _in_words(kind: tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]) -> str:
+    dtype, device, shape, strides = kind
+    return f"{dtype} of shape {shape}, strides {strides}, on {device}"
 
 
 def gradient_scales(strategy: str, drawn_probabilities: np.ndarray, counts: np.ndarray, world_size: int) -> np.ndarray:

@@ -223,7 +223,9 @@ class SgdUpdate:
         return {}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Any state will do."""
+        """Raises ValueError for a state that carries something, which is of another update."""
+        if state:
+            raise ValueError(f"state_dict: has {', '.join(state)}, so it is of another optimizer")
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Changes nothing."""

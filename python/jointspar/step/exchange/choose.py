@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import partial
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from jointspar.comm.transport import Transport
+from jointspar.errors import warn_user
 from jointspar.step.exchange.allreduce import allreduce
 from jointspar.step.exchange.interface import CustomExchange, Exchange, Slices
 from jointspar.step.exchange.measure import Costs, adds_up, measure
@@ -103,7 +103,7 @@ class Chooser:
             return False
         is_right = adds_up(exchange, self._transport, self._dtype, num_bytes, self._device)
         if not is_right and self._transport.rank == 0:
-            warnings.warn(f"{self._transport.name}: a wrong sum of CUDA memory; staged through the host", stacklevel=2)
+            warn_user(f"{self._transport.name}: a wrong sum of CUDA memory; staged through the host")
         return is_right
 
     def choose(self, slices: Slices) -> str:
