@@ -20,7 +20,7 @@ def linear_scaling_warmup(
     gamma: float = 0.1,
     reference_batch: int = 256,
 ) -> LambdaLR:
-    """Linear scaling, linear warm-up, then steps: the schedule of Goyal et al. 2017, sections 2.1, 2.2 and 5.1.
+    """Linear scaling, linear warm-up, then steps: Goyal et al. 2017, sections 2.1, 2.2; Liu & Mozafari 2022's steps.
 
     The rate after the warm-up is peak = base_lr * world_size * local_batch / reference_batch. The warm-up goes linearly
     from base_lr to peak; a global batch of at most `reference_batch` has peak <= base_lr and starts at peak. At

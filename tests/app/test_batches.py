@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +147,25 @@ def test_evaluation_sees_each_image_once(shards: Dataset, world_size: int) -> No
             for label in part
         ]
         assert sorted(map(int, labels)) == list(range(expected))
+
+
+def test_a_test_shard_that_is_left_over_is_shared(shards: Dataset) -> None:
+    assert isinstance(shards.test, Shards)
+    for files in (1, 2):  # of one all ranks read, of the second one each has its own
+        test = replace(shards.test, files=shards.test.files[:files], sizes=shards.test.sizes[:files])
+        counts = [sum(len(labels) for _, labels in evaluation_batches(test, rank, 2)) for rank in range(2)]
+        assert sum(counts) == len(test) and min(counts) > 0
+
+
+def test_a_rank_that_would_repeat_a_small_shard_is_warned_of(shards: Dataset) -> None:
+    assert isinstance(shards.train, Shards)
+    uneven = replace(shards.train, sizes=[40, 40, 1, 1])
+    with pytest.warns(UserWarning, match="only 2 of the 41 samples"):
+        training_batches(uneven, 1, 0, 2, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training_batches(uneven, 1, 1, 2, seed=0)  # the first rank says it
+        training_batches(replace(shards.train, sizes=[4, 4, 3, 3]), 1, 0, 2, seed=0)
 
 
 def test_shard_that_changed_since_it_was_counted_is_named(shards: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -25,7 +26,10 @@ from data_files import (
     write_svhn,
 )
 from jointspar import cli
+from jointspar.errors import JointSparError
 from jointspar.training.config import METHODS, TrainConfig
+from jointspar.training.data.batches import evaluation_batches
+from jointspar.training.data.readers import DatasetError
 from jointspar.training.loop import Run, StoppedError
 from jointspar.training.records import Display, read_metrics
 from jointspar.training.setup import SetupError
@@ -139,6 +143,33 @@ def test_run_stopped_at_the_end_of_an_epoch_loses_nothing(tmp_path: Path, monkey
     ]
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("num_ranks", [None, 2])
+def test_an_epoch_whose_test_data_cannot_be_read_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int | None, epoch: int
+) -> None:
+    """On one rank; when the data are mended only the evaluation is made up for."""
+    config = {**SHORT, "batch_size": 64, "simulate_workers": num_ranks}
+    whole = train(TrainConfig(out=tmp_path / "whole", **config))
+    is_last = num_ranks or 1
+    calls = itertools.count(1)
+
+    def damaged(*given: Any) -> Any:
+        if next(calls) == epoch * is_last:
+            raise DatasetError("a picture is damaged")
+        return evaluation_batches(*given)
+
+    monkeypatch.setattr("jointspar.training.loop.evaluation_batches", damaged)
+    with pytest.raises((DatasetError, JointSparError), match=r"a picture is damaged|the epoch is saved"):
+        train(TrainConfig(out=tmp_path / "parts", **config))
+    newest = max((tmp_path / "parts" / "checkpoint").glob("step-*"))
+    assert int(newest.name.removeprefix("step-")) == epoch * whole.steps // 2
+    parts = train(TrainConfig(out=tmp_path / "parts", resume=True, **config))
+    assert parts == replace(whole, seconds=parts.seconds)
+    expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+
+
 @pytest.mark.parametrize("method", ["topk", "qsgd-lars", "randomk", "powersgd"])
 def test_resumed_baseline_gives_the_same_weights(tmp_path: Path, method: str) -> None:
     config = {**SHORT, "method": method, "base_lr": 0.05}
@@ -159,6 +190,17 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
     with pytest.raises(SetupError, match=r"momentum was 0\.9 and is now 0\.5"):
         train(TrainConfig(out=tmp_path, resume=True, momentum=0.5, **SHORT))
+    assert (tmp_path / "summary.json").is_file()  # of the run as it was
+
+
+def test_more_epochs_are_refused_only_where_they_move_the_schedule(tmp_path: Path) -> None:
+    config = {**SHORT, "max_steps": 2, "milestones": (1.5,)}
+    train(TrainConfig(out=tmp_path / "fixed", **config))
+    longer = replace(TrainConfig(out=tmp_path / "fixed", **config), resume=True, epochs=3, max_steps=4)
+    assert train(longer).steps == 4  # 128 samples a step: there is no warm-up to move
+    train(TrainConfig(out=tmp_path / "moving", **(config | {"milestones": None})))
+    with pytest.raises(SetupError, match=r"milestones was \[.*\] and is now \[.*\] with --epochs 3"):
+        train(replace(longer, out=tmp_path / "moving", milestones=None))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -26,6 +26,7 @@ def circumstances() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "backend": jointspar.ops.backend().__name__.rpartition(".")[2],
         "commit": commit(),
     }
 

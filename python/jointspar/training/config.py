@@ -69,7 +69,7 @@ FREE_FIELDS = (
 )  # fmt: skip
 DEVICES = ("cpu", "cuda")
 
-# Goyal et al. train 90 epochs: 5 of warm-up, steps after 30, 50 and 70.
+# Liu & Mozafari train 90 epochs: 5 of warm-up (as Goyal et al.), steps after 30, 50 and 70 (there 30, 60 and 80).
 _PAPER_MILESTONES = (30 / 90, 50 / 90, 70 / 90)
 _WARMUP_FRACTION, _LONGEST_WARMUP = 1 / 6, 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from contextlib import closing
@@ -19,6 +20,7 @@ from jointspar.training.config import METHODS, REFERENCE_BATCH, TrainConfig
 from jointspar.training.data.batches import ShardedBatches, StreamedBatches, evaluation_batches
 from jointspar.training.data.datasets import Dataset
 from jointspar.training.data.prefetch import prefetch
+from jointspar.training.data.readers import DatasetError
 from jointspar.training.models import build_model
 from jointspar.training.records import (
     CHECKPOINT_FOLDER,
@@ -70,6 +72,8 @@ class Run:
             reference_batch=REFERENCE_BATCH,
         )
         self.identity = identity | {"world_size": comm.world_size}
+        if comm.world_size * config.batch_size <= REFERENCE_BATCH:
+            del self.identity["warmup_epochs"]  # there is none, whatever is set
         self.progress = self._load() if config.resume else Progress()
         self.counted = _totals(self.optimizer.stats)  # what `progress` contains already
         self.phase_ms: defaultdict[str, float] = defaultdict(float)  # summed over the epoch's steps
@@ -77,15 +81,17 @@ class Run:
         self.num_steps = min(config.max_steps or config.epochs * len(batches), config.epochs * len(batches))
         self.metrics = None
         if comm.rank == 0:
+            (config.out / SUMMARY_FILE).unlink(missing_ok=True)  # the run is not complete any more
             self.metrics = MetricsFile(config.out / METRICS_FILE, keep_up_to_step=self.progress.step)
         self.display = Display(rank=comm.rank, first_step=self.progress.step, num_steps=self.num_steps)
 
     def fit(self) -> Summary:
         self.display.line(self._headline())
-        while self.progress.step < self.num_steps:
-            self._train_epoch()
-            if self.optimizer.stop_requested and self.progress.step < self.num_steps:
-                self._stop()
+        while self.progress.step < self.num_steps or self.progress.is_to_evaluate:
+            if not self.progress.is_to_evaluate:
+                self._train_epoch()
+                if self.optimizer.stop_requested and self.progress.step < self.num_steps:
+                    self._stop()
             self._end_epoch()
         return self._finish()
 
@@ -151,7 +157,9 @@ class Run:
         self._average_over_ranks(*_AVERAGED)
         js.sync_buffers(self.model, comm=self.comm)
         progress.train_loss = progress.loss_sum / progress.batch
+        progress.is_to_evaluate = True
         progress.test_accuracy = self._evaluate()
+        progress.is_to_evaluate = False
         is_whole = progress.batch == len(self.batches)
         if is_whole:
             progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
@@ -206,7 +214,23 @@ class Run:
         }
 
     def _evaluate(self) -> float:
-        """Share of test images classified correctly, each rank doing its part; the same answer on all ranks."""
+        """Share of test images classified correctly, each rank doing its part; the same answer on all ranks.
+
+        Where a rank cannot read its part all save what they have trained, and raise.
+        """
+        error, num_correct = None, float("nan")
+        try:
+            num_correct = self._count_correct()
+        except (DatasetError, OSError) as caught:
+            error = caught
+        counted = torch.tensor([num_correct], dtype=torch.float64)
+        share = average(counted, self.comm, what="evaluation").item()
+        if math.isnan(share):
+            self._save()
+            raise error or js.errors.JointSparError("another rank could not read its test data; the epoch is saved")
+        return round(share * self.comm.world_size) / len(self.dataset.test)
+
+    def _count_correct(self) -> int:
         test, world_size = self.dataset.test, self.comm.world_size
         num_correct = 0
         self.model.eval()
@@ -214,8 +238,7 @@ class Run:
             for images, labels in batches:
                 images, labels = self._on_device(images, labels)
                 num_correct += int((self.model(images).argmax(dim=1) == labels).sum())
-        share = average(torch.tensor([num_correct], dtype=torch.float64), self.comm, what="evaluation")
-        return round(share.item() * world_size) / len(test)
+        return num_correct
 
     def _on_device(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return images.to(self.device), labels.to(self.device)
@@ -233,8 +256,10 @@ class Run:
             before = extra["config"].get(name, value)
             is_other_kind = name == "budget" and type(before) is not type(value)  # 1 layer is not 1.0, all layers
             if before != value or is_other_kind:
+                follows = name in ("warmup_epochs", "milestones") and getattr(self.config, name) is None
+                with_what = f" with --epochs {self.config.epochs}" if follows else ""
                 raise ValueError(
-                    f"--resume: {name} was {before!r} and is now {value!r}: "
+                    f"--resume: {name} was {before!r} and is now {value!r}{with_what}: "
                     "continue with the settings that the run began with, or start another in a new --out"
                 )
         return Progress(**extra["progress"])
@@ -255,8 +280,8 @@ class Run:
         if self.comm.rank == 0:
             from jointspar.training.plots import plot_run  # brings matplotlib, which the other ranks do without
 
-            write_summary(self.config.out / SUMMARY_FILE, summary)
             plot_run(self.config.out / CURVES_FILE, read_metrics(self.config.out / METRICS_FILE), summary)
+            write_summary(self.config.out / SUMMARY_FILE, summary)  # the sign that a run is complete
             self.display.line(f"test accuracy {100 * summary.test_accuracy:.2f} %, files in {self.config.out}")
         return summary
 

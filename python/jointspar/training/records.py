@@ -20,9 +20,10 @@ class Summary:
     """The result of a run, the content of summary.json.
 
     test_accuracy: of the last evaluation, in [0, 1]. train_loss: mean over ranks and steps of the last epoch. seconds:
-    spent in training steps, without evaluation and files. bytes_sent: handed to the transport for gradients by one rank
-    (mean over ranks), bytes_dense: what the same exchange of every layer would have taken. active_fraction: mean
-    share of layers computed per step. simulated: the ranks were played by one process, so that seconds are of all.
+    spent in training steps, without evaluation and files. bytes_sent: handed to the transport for gradients and headers
+    by one rank (mean over ranks), bytes_dense: what the same exchange of every layer would have taken, without headers;
+    an allreduce of the transport's counts its buffer once, whatever that sends. active_fraction: mean share of layers
+    computed per step. simulated: the ranks were played by one process, so that seconds are of all.
     exchange: how the gradients of the last step were summed.
     layers: names of the layers that are sampled, in the order of the metrics' probabilities.
     """
@@ -54,6 +55,7 @@ class Progress:
     """How far a run has come; equal on all ranks whenever it is saved. Sums are over steps, loss over this epoch."""
 
     epoch: int = 0  # epochs completed
+    is_to_evaluate: bool = False  # its last step is made, but the test data could not be read
     batch: int = 0  # batches of the next epoch that are already done
     step: int = 0
     seconds: float = 0.0

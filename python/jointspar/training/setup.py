@@ -98,7 +98,6 @@ def prepare_folder(config: TrainConfig) -> None:
         )
     if not config.resume and (is_begun or (folder / SUMMARY_FILE).exists()):
         raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
-    (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it is the sign that a run is complete
 
 
 def make_optimizer(

@@ -21,7 +21,8 @@ class PowerSgd(Carried):
     float32: of all P with the uncompressed tensors, then of all Q. Memory as in `Gathered`, of each rank's own part.
 
     shapes: of every parameter, in order. seed: of the first Q.
-    Source: Vogels, Karimireddy & Jaggi 2019, Algorithms 1 and 2.
+    Ranks orthonormalise by themselves, so their processors must round alike (`check_every` tells).
+    Source: Vogels, Karimireddy & Jaggi 2019, Algorithm 1; Algorithm 2 but for its momentum, which is the optimizer's.
     """
 
     is_rank_local = True

@@ -8,6 +8,7 @@ from itertools import chain, count, islice
 import numpy as np
 import torch
 
+from jointspar.errors import warn_user
 from jointspar.training.data.augment import normalise
 from jointspar.training.data.datasets import Indexed, Split
 from jointspar.training.data.pictures import decode_batch
@@ -57,7 +58,7 @@ class StreamedBatches:
     through a buffer. All ranks see the same number of batches: one whose files hold fewer samples begins them anew,
     one whose files hold more leaves some out, others in another epoch. A continued epoch reads, but does not decode,
     what it leaves out, and gives the same batches. Raises ValueError when the data hold no whole global batch or fewer
-    files than ranks.
+    files than ranks; warns where a rank may read its files more than twice an epoch.
     """
 
     def __init__(self, train: Shards, batch_size: int, rank: int, world_size: int, seed: int) -> None:
@@ -67,6 +68,13 @@ class StreamedBatches:
         if len(self.shards.files) < world_size:
             raise ValueError(
                 f"{len(self.shards.files)} training shards are too few for {world_size} ranks: every rank needs one"
+            )
+        fewest = sum(sorted(self.shards.sizes)[: len(self.shards.files) // world_size])
+        if rank == 0 and 2 * fewest < self.num_batches * batch_size:
+            warn_user(
+                f"training shards of very different size: a rank may have only {fewest} of the "
+                f"{self.num_batches * batch_size} samples that it trains on in an epoch, and repeat them; make more "
+                "shards, or shards of like size"
             )
 
     def __len__(self) -> int:
@@ -96,10 +104,16 @@ def training_batches(
 
 
 def evaluation_batches(test: Split, rank: int, world_size: int) -> Generator[Batch, None, None]:
-    """The test images of one rank; over all ranks each image comes once. Raises DatasetError."""
+    """The test images of one rank; over all ranks each image comes once. Raises DatasetError.
+
+    Of shards each rank takes as many; what is left over all read, each taking some of the samples.
+    """
     batch_size = min(_EVALUATION_BATCH, _EVALUATION_PIXELS // test.properties.image_size**2)
     if isinstance(test, Shards):
-        samples = chain.from_iterable(map(test.read, range(rank, len(test.files), world_size)))
+        num_whole = len(test.files) - len(test.files) % world_size
+        whole = chain.from_iterable(map(test.read, range(rank, num_whole, world_size)))
+        left_over = chain.from_iterable(map(test.read, range(num_whole, len(test.files))))
+        samples = chain(whole, islice(left_over, rank, None, world_size))
         while chosen := list(islice(samples, batch_size)):
             yield _decode(chosen, test, None)
         return

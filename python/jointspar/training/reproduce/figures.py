@@ -64,7 +64,10 @@ def _figures(experiment: Experiment) -> Iterator[tuple[str, str, Figure]]:
             _draw_end(experiment),
         )
         if not experiment["simulated"]:
-            yield "phases", "Mean time of one step by phase, on rank 0, over all seeds.", _draw_phases(experiment)
+            caption = (
+                "Mean time of one step by phase, on rank 0, over all seeds; a compressor's exchange with its coding."
+            )
+            yield "phases", caption, _draw_phases(experiment)
         sampled = [run for run in experiment["runs"] if _has_probabilities(run)]
         if sampled:
             caption = "Probability of each layer over time, on rank 0, first seed; the input is at the top."

@@ -97,4 +97,5 @@ def _made_with(results: Mapping[str, Any]) -> list[str]:
 
 def _in_words(circumstances: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {circumstances[name.lower()]}" for name in ("jointspar", "torch", "Python"))
-    return f"{circumstances['processor']}, {circumstances['cores']} cores · {versions}"
+    kernels = f", {circumstances['backend']} kernels" if "backend" in circumstances else ""
+    return f"{circumstances['processor']}, {circumstances['cores']} cores · {versions}{kernels}"
