@@ -93,9 +93,10 @@ def preallocated(problem: UpdateProblem) -> None:
 
 def fused(problem: UpdateProblem) -> None:
     """torch's private fused SGD on a scaled copy of the gradient, tensor by tensor, so that much stays in the cache."""
-    for param, momentum_buffer, grad, scaled, rate in zip(
-        problem.params, problem.momenta, problem.grads, problem.work, local_rates(problem), strict=True
+    for param, momentum_buffer, grad, rate in zip(
+        problem.params, problem.momenta, problem.grads, local_rates(problem), strict=True
     ):
+        scaled = problem.scratch[: grad.numel()].view(grad.shape)
         torch.mul(grad, rate, out=scaled)
         fused_sgd([param], [momentum_buffer], [scaled], weight_decay=rate * WEIGHT_DECAY)
 

@@ -2,6 +2,7 @@
 
 Worse means that a ratio of one of our variants fell by more than 10%: to the best peer, to the machine's limit, or to
 the plain dense step.
+What differs between the two measurements beside the code is noted, and so is what only the old one has.
 Exit code 0: nothing is worse; 1: something is; 2: the files cannot be compared.
 """
 
@@ -18,6 +19,15 @@ from results import SCHEMA, STEP_SCHEMA
 
 SCHEMAS = (SCHEMA, STEP_SCHEMA)
 RATIOS = {"speedup": "over the best peer", "of_limit": "of the limit", "of_plain": "of the plain step's speed"}
+# Of a cell: what the ratios of two files should have in common.
+SETTINGS = {
+    "best_peer": "best peer",
+    "best_dense": "best dense peer",
+    "case": "case",
+    "threads": "number of threads",
+    "iterations": "number of iterations",
+    "caches": "state of the caches",
+}
 LARGEST_FALL = 0.10
 
 Key = tuple[str, ...]  # operation, case, dtype, threads, variant, ratio; or model, ranks, variant, ratio
@@ -32,7 +42,7 @@ class Change(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        return self.new < (1.0 - LARGEST_FALL) * self.old
+        return not self.new >= (1.0 - LARGEST_FALL) * self.old  # a NaN is not a measurement
 
     def __str__(self) -> str:
         *place, ratio = self.key
@@ -79,9 +89,8 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> int:
     changes = [Change(key, before[key], after[key]) for key in before if key in after]
     if not changes:
         raise ValueError("the files have no ratio in common: other operations, models or variants")
-    for name in ("processor", "cores"):
-        if old["machine"][name] != new["machine"][name]:
-            print(f"note: another machine: {name} {old['machine'][name]} -> {new['machine'][name]}")
+    for name, was, now in _other_circumstances(old, new):
+        print(f"note: another {name}: {was} -> {now}")
     for key in sorted(before.keys() - after.keys()):
         print(f"note: no longer measured: {', '.join(key)}")
     worse = [change for change in changes if change.is_worse]
@@ -89,6 +98,19 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> int:
         print(f"WORSE  {change}")
     print(f"{len(worse)} of {len(changes)} ratios are worse by more than {LARGEST_FALL:.0%}")
     return 1 if worse else 0
+
+
+def _other_circumstances(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What ratios depend on beside our code, where it differs: (name, in the old file, in the new file)."""
+    pairs = [(name, old["machine"][name], new["machine"][name]) for name in ("processor", "cores")]
+    pairs += [("torch", old["versions"]["torch"], new["versions"]["torch"])]
+    pairs += [("number of rounds", old["rounds"], new["rounds"])]
+    cells = {_place(cell): cell for cell in new["cells"]}
+    for cell in old["cells"]:
+        other = cells.get(_place(cell), {})
+        names = [name for name in SETTINGS if name in cell and name in other]
+        pairs += [(f"{SETTINGS[name]} of {', '.join(_place(cell))}", cell[name], other[name]) for name in names]
+    yield from ((name, was, now) for name, was, now in pairs if was != now)
 
 
 def ratios(record: dict[str, Any]) -> Iterator[tuple[Key, float]]:

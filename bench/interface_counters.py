@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+SHARED_INTERFACE = "lo"  # of all ranks on a machine, between which MPI takes shared memory
+
 
 def sent_bytes(interface: str) -> int:
     """Raises ValueError for an interface that is not there."""

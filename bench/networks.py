@@ -3,8 +3,8 @@
 Hosts are network namespaces of this machine, one rank on each. Three parts: each exchange against the time that the
 link needs (transfers); the time of a training iteration by each method (iterations); and the time to the same training
 loss on Fashion-MNIST (loss), which is iterations to that loss times time of an iteration, with one run in full to check
-it. Prints tables and writes <date>-network.json and pictures into --out; a second run of the same selection on the same
-day replaces them.
+it. Prints tables and writes <date>-network.json and pictures into --out; the same command replaces them on the same
+day.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = "jointspar-bench-network/1"
 RATES, RANKS = [10.0, 1.0, 0.3, 0.1], [2, 4]
 PARTS = ("transfers", "iterations", "loss")
 COMPARED = (
-    "ddp", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "jointspar_1.0_overlap", "stratified_0.5",
+    "ddp", "ddp_4mb", "ddp_bf16", "ddp_powersgd", "topk", "jointspar_1.0", "jointspar_1.0_overlap", "stratified_0.5",
     "stratified_0.5_overlap", "stratified_0.5_bf16", "stratified_0.5_bf16_overlap", "independent_0.5", "shared_0.5",
     "shared_0.5_overlap", "shared_0.5_bf16_overlap",
 )  # fmt: skip
@@ -141,7 +141,7 @@ def _num_jobs(options: argparse.Namespace, found: Sequence[Launcher]) -> int:
 
 
 def _name(options: argparse.Namespace) -> str:
-    """Names the selection, so that another selection does not replace this file."""
+    """Names the selection."""
     if options.quick:
         return "network-quick"
     parts = [] if options.parts == list(PARTS) else options.parts
@@ -182,18 +182,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
+    for name in ("parts", "rates", "ranks", "launchers", "methods"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))  # none twice
     options.parts = options.parts or list(PARTS)
     if options.quick:
-        options.parts = [part for part in options.parts if part != "loss"]  # needs a data set
+        if options.parts == ["loss"]:
+            parser.error("loss: there is no --quick form, since it needs a data set")
+        options.parts = [part for part in options.parts if part != "loss"]
         options.rates, options.ranks, options.rounds, options.megabytes = [1.0], [2], 1, [1.0]
         options.model, options.iterations, options.methods = "lenet5", 1, ["ddp", "stratified_0.5"]
-        options.launchers = ["openmpi", "gloo"]
+        if options.launchers == list(launchers.NAMES):
+            options.launchers = ["openmpi", "gloo"]
     return options
 
 
 def _rate(text: str) -> float:
     gbits = float(text)
-    if not 0.001 <= gbits <= 100:
+    if not 0.01 <= gbits <= 100:
         raise ValueError(text)
     return gbits
 
@@ -213,7 +218,7 @@ def _positive(text: str) -> int:
 
 
 # what argparse calls the types when it refuses a value
-_rate.__name__, _ranks.__name__, _positive.__name__ = "rate from 0.001 to 100", "number from 2 to 64", "positive number"
+_rate.__name__, _ranks.__name__, _positive.__name__ = "rate from 0.01 to 100", "number from 2 to 64", "positive number"
 
 
 if __name__ == "__main__":

@@ -147,7 +147,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"small cases, {QUICK_ROUNDS} rounds: shows that everything is right, measures nothing",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.quick and options.cases:
+        parser.error("--cases does not act with --quick, which has small cases of its own: leave one of them out")
+    return options
 
 
 def _operation(text: str) -> str:

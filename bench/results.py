@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from operation import Case, Traffic, Variant
 SCHEMA = "jointspar-bench-ops/1"
 STEP_SCHEMA = "jointspar-bench-step/1"
 PACKAGES = ("torch", "numpy", "scipy", "numba")
-ROOT = Path(__file__).resolve().parents[1]
 
 Cell = dict[str, Any]  # one operation, case and number of threads, with its variants
 Record = dict[str, Any]
@@ -103,11 +103,27 @@ def new_record(
 
 
 def save(record: Record, cells: Sequence[Cell], folder: Path, name: str) -> Path:
-    """Write <date>-<name>.json into `folder`, made if needed; returns its path."""
+    """Write <date>-<name>.json into `folder`, made if needed; returns its path.
+
+    It replaces what the same command wrote on the same day; what another command wrote keeps its name, and this gets a
+    number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['date'][:10]}-{name}.json"
+    name = f"{record['date'][:10]}-{name}"
+    paths = (folder / f"{name}{'' if number == 1 else f'-{number}'}.json" for number in count(1))
+    path = next(path for path in paths if _command_of(path) in (None, record["command"]))
     path.write_text(json.dumps({**record, "cells": cells}, indent=1) + "\n")
     return path
+
+
+def _command_of(path: Path) -> str | None:
+    """What wrote a result file; None where there is none, "" where it does not say."""
+    try:
+        return str(json.loads(path.read_text())["command"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def machine() -> dict[str, Any]:

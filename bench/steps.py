@@ -1,7 +1,7 @@
 """Measures training iterations by phase: jointspar-lars, the plain dense step, and DDP with its hooks and top-k.
 
 Methods alternate within one job, in rounds. Prints a table for each model and number of ranks, and writes
-<date>-step.json and .png into --out; a second run of the same selection on the same day replaces them.
+<date>-step.json and .png into --out; the same command on the same day replaces them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import signals
 from results import STEP_SCHEMA, Cell, new_record, save
 from step.jobs import JobError, run
 from step.methods import METHODS
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cells: list[Cell] = []
     total = len(plan) * options.rounds * len(options.methods)
-    with tqdm(total=total, unit="method", disable=None) as progress:
+    with tqdm(total=total, unit="method", disable=None) as progress, signals.as_exits():  # a job ends with this
         try:
             for cell in _cells(plan, options, progress):
                 progress.write(table(cell))
@@ -60,7 +61,7 @@ def _cells(plan: Sequence[tuple[str, int]], options: argparse.Namespace, progres
 
 
 def _name(options: argparse.Namespace) -> str:
-    """Names the selection, so that another selection does not replace this file."""
+    """Names the selection."""
     if options.quick:
         return "step-quick"
     models = [] if tuple(options.models) == MODELS else options.models
@@ -94,6 +95,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"{QUICK_MODEL} on {QUICK_RANKS} ranks, one iteration: shows that all is right, measures nothing",
     )
     options = parser.parse_args(arguments)
+    for name in ("models", "ranks", "methods"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))  # none twice
     if options.quick:
         options.models, options.ranks, options.rounds, options.iterations = [QUICK_MODEL], [QUICK_RANKS], 1, 1
     return options

@@ -35,6 +35,7 @@ class UpdateProblem:
         self.momenta = [0.1 * torch.randn(shape) for shape in case.shapes]
         self.grads = [(0.01 * torch.randn(shape)).to(case.torch_dtype) for shape in case.shapes]
         self.work = [torch.zeros(shape) for shape in case.shapes]  # float32: where peers form a gradient's step
+        self.scratch = torch.zeros(max(param.numel() for param in self.params))  # a tensor's, used again by the next
         self.packed_grads = torch.cat([grad.flatten() for grad in self.grads])
         self.adapt = np.ones(len(self.params), dtype=bool)
         self.param_norms = np.sqrt(ops.squared_norms(self.params))

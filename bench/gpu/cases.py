@@ -119,7 +119,16 @@ def pack_case(wire: torch.dtype, name: str, backends: list[str], compiled: bool)
         torch._foreach_copy_(slices, torch._foreach_mul(tensors.grads, SCALE))
         return torch._foreach_norm(tensors.grads)
 
-    variants: dict[str, Call] = {"torch loop": lambda: naive(tensors.grads, slices), "torch _foreach_": foreach}
+    def preallocated() -> list[torch.Tensor]:
+        for grad, target in zip(tensors.grads, slices, strict=True):
+            torch.mul(grad, SCALE, out=target)
+        return torch._foreach_norm(tensors.grads)
+
+    variants: dict[str, Call] = {
+        "torch loop": lambda: naive(tensors.grads, slices),
+        "torch _foreach_": foreach,
+        "torch mul(out=)": preallocated,
+    }
     if compiled:
         variants |= by_compiler(naive, tensors.grads, slices)
     variants |= by_backends(backends, "", lambda: ops.pack_gradients(tensors.grads, SCALE, out=packed))

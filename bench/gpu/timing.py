@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
 
+import numpy as np
 import torch
 
 Call = Callable[[], object]
@@ -41,7 +42,7 @@ def host_seconds(call: Call) -> float:
 
 
 def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each variant on the device; a round times each variant once.
+    """Milliseconds of each variant on the device; a round times each variant once, in a new order.
 
     The device pauses before each call for as long as the host takes to put the call there, so that launches do not
     count where nothing waits for them; a call that waits for the device pays for its launches.
@@ -53,8 +54,10 @@ def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[st
         call()
         pause[name] = min(LONGEST_PAUSE, 1.5 * median(host_seconds(call) for _ in range(5)))
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}
+    order = np.random.default_rng(0)
     for _ in range(rounds):
-        for name, call in variants.items():
+        for name in order.permutation(list(variants)).tolist():
+            call = variants[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cache.evict()
             torch.cuda._sleep(int(pause[name] * CYCLES_PER_SECOND))

@@ -39,17 +39,33 @@ def lars_loop(params: List, momenta: List, grads: List) -> None:
         w.add_(u, alpha=-LR)
 
 
-def lars_foreach(tensors: Tensors) -> None:
-    """Waits for the norms, since `_foreach_` multiplies by numbers of the host in few launches only."""
+def lars_steps(tensors: Tensors) -> None:
+    """Each tensor's step, adapted, into `work`.
+
+    Waits for the norms, since `_foreach_` multiplies by numbers of the host in few launches only.
+    """
     w_norms, g_norms = (torch.stack(torch._foreach_norm(group)) for group in (tensors.params, tensors.grads))
     rates = TRUST_COEFFICIENT * w_norms / (g_norms + WEIGHT_DECAY * w_norms + EPS)
     rates = torch.where((w_norms > 0) & (g_norms > 0), rates, 1.0).tolist()
     torch._foreach_copy_(tensors.work, tensors.grads)
     torch._foreach_add_(tensors.work, tensors.params, alpha=WEIGHT_DECAY)
     torch._foreach_mul_(tensors.work, rates)
+
+
+def lars_foreach(tensors: Tensors) -> None:
+    lars_steps(tensors)
     torch._foreach_mul_(tensors.momenta, MOMENTUM)
     torch._foreach_add_(tensors.momenta, tensors.work)
     torch._foreach_add_(tensors.params, tensors.momenta, alpha=-LR)
+
+
+def lars_fused(tensors: Tensors) -> None:
+    """The last three passes in one, by what torch.optim.SGD(fused=True) calls."""
+    lars_steps(tensors)
+    torch._fused_sgd_(
+        tensors.params, tensors.work, tensors.momenta, lr=LR, momentum=MOMENTUM, weight_decay=0.0, dampening=0.0,
+        nesterov=False, maximize=False, is_first_step=False,
+    )  # fmt: skip
 
 
 def sgd_loop(params: List, momenta: List, grads: List) -> None:
@@ -63,6 +79,15 @@ def sgd_foreach(tensors: Tensors) -> None:
     torch._foreach_add_(tensors.momenta, tensors.grads)
     torch._foreach_add_(tensors.momenta, tensors.params, alpha=WEIGHT_DECAY)
     torch._foreach_add_(tensors.params, tensors.momenta, alpha=-LR)
+
+
+def sgd_fused_with_norms(tensors: Tensors) -> None:
+    """One pass, and the gradients' norms, which ours returns."""
+    torch._fused_sgd_(
+        tensors.params, tensors.grads, tensors.momenta, **SGD, dampening=0.0, nesterov=False, maximize=False,
+        is_first_step=False,
+    )  # fmt: skip
+    torch._foreach_norm(tensors.grads)
 
 
 def fused_sgd(tensors: Tensors) -> Call:
@@ -88,6 +113,7 @@ def lars_case(name: str, backends: list[str], compiled: bool) -> Case:
     variants: dict[str, Call] = {
         "torch loop": lambda: lars_loop(tensors.params, tensors.momenta, tensors.grads),
         "torch _foreach_": lambda: lars_foreach(tensors),
+        "torch fused, adapted": lambda: lars_fused(tensors),
         "torch SGD fused (floor)": fused_sgd(tensors),
     }
     if compiled:
@@ -118,6 +144,7 @@ def sgd_case(name: str, backends: list[str], compiled: bool) -> Case:
     variants: dict[str, Call] = {
         "torch loop": lambda: sgd_loop(tensors.params, tensors.momenta, tensors.grads),
         "torch _foreach_": lambda: sgd_foreach(tensors),
+        "torch fused, and norms": lambda: sgd_fused_with_norms(tensors),
         "torch SGD fused (floor)": fused_sgd(tensors),
     }
     if compiled:

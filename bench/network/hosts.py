@@ -15,14 +15,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import signals
 from network.launchers import Launcher
 
 INTERFACE = "eth0"
@@ -66,14 +65,14 @@ def refusal() -> str | None:
 
 @contextmanager
 def standing(num_hosts: int, gbits: float) -> Iterator[Hosts]:
-    """Hosts that stand for the length of a `with`, however it is left: an error, Ctrl-C and SIGTERM included.
+    """Hosts that stand for the length of a `with`, however it is left: errors, Ctrl-C, SIGTERM and SIGHUP included.
 
     gbits: rate of every link in Gbit/s, either way. What a run that was killed left behind is removed first. SIGTERM
-    becomes SystemExit(143). Call from the main thread. Raises HostsError.
+    and SIGHUP become SystemExit. Call from the main thread. Raises HostsError.
     """
     _remove_stale()
     hosts = Hosts(num_hosts)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, _exit_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, signals.as_exits():
         try:
             hosts._set_up(Path(folder))
             hosts.set_rate(gbits)
@@ -101,6 +100,11 @@ class Hosts:
             for namespace, device in ((f"{self.name}{host}", INTERFACE), (f"{self.name}hub", f"port{host}")):
                 _run(["tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *limits])
         self.gbits = gbits
+
+    @property
+    def slowness(self) -> float:
+        """How much longer than at 0.1 Gbit/s, or faster, anything may take."""
+        return max(1.0, 0.1 / self.gbits)
 
     def sent_bytes(self) -> list[int]:
         """What has left each host's interface so far; headers counted once for each piece of up to 64 KiB."""
@@ -134,6 +138,8 @@ class Hosts:
             finally:
                 _kill_all_in(self.name)
                 for process in processes:
+                    with suppress(ProcessLookupError):  # one that has not come to its namespace yet
+                        os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             output.seek(0)
             printed = output.read()
@@ -210,14 +216,21 @@ def _remove_stale() -> None:
         maker = name.removeprefix(_PREFIX).rpartition("-")[0]
         process = maker.partition("-")[0]
         if process.isdigit() and _life_of(int(process)) != maker:
-            _remove(name)
+            with suppress(HostsError):  # another run may be removing it as well
+                _remove(name)
 
 
 def _remove(prefix: str) -> None:
     """Kill what still runs in these namespaces, and delete them: interfaces go with them."""
     _kill_all_in(prefix)
+    errors = []
     for name in _namespaces(prefix):
-        _run(["ip", "netns", "delete", name])
+        try:
+            _run(["ip", "netns", "delete", name])
+        except HostsError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _kill_all_in(prefix: str) -> None:
@@ -228,22 +241,6 @@ def _kill_all_in(prefix: str) -> None:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM as an exception, so that `finally` comes to its right."""
-
-    def leave(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("hosts stand in the main thread only: elsewhere a signal would leave them behind")
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _signals_held_back() -> Iterator[None]:
     """A second Ctrl-C waits until all is removed.
 
@@ -251,7 +248,7 @@ def _signals_held_back() -> Iterator[None]:
     then calls its handler in this one.
     """
     held: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, *signals.ENDING)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     handlers = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
     try:

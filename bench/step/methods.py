@@ -93,7 +93,7 @@ class Iteration:
         self.setting = setting
         self.module: nn.Module = setting.model
         self.loss = torch.tensor(torch.nan)  # of the last iteration, on this rank
-        self.exchange = "gloo"  # what summed its gradients
+        self.exchange = "gloo" if setting.ranks.world_size > 1 else "none"  # what summed its gradients
 
     def run(self, batch: Batch) -> dict[str, float]:
         """One iteration; milliseconds by phase."""
@@ -203,10 +203,10 @@ class DataParallel(Iteration):
     arrived is "exchange". "pack" is the time in the calls of the hook; without a hook DDP packs inside of backward.
     """
 
-    def __init__(self, setting: Setting, *, hook: str | None = None) -> None:
+    def __init__(self, setting: Setting, *, hook: str | None = None, bucket_mb: int | None = None) -> None:
         super().__init__(setting)
         self._optimizer = TorchLars(setting.parameters, lr=setting.lr, **LARS)
-        self.module = module = data_parallel(setting.model, setting.ranks.group, hook)
+        self.module = module = data_parallel(setting.model, setting.ranks.group, hook, bucket_mb)
         if hook is not None:
             state, function = hook_of(hook, setting.ranks.group)
             module.register_comm_hook(state, self._timed(function))
@@ -277,6 +277,7 @@ def _methods() -> list[Method]:
     budgets = [(strategy, budget) for strategy in STRATEGIES for budget in BUDGETS]
     return [
         Method("ddp", "dense", DataParallel),
+        Method("ddp_4mb", "dense", partial(DataParallel, bucket_mb=4)),
         *(Method(name, "dense", partial(DataParallel, hook=hook)) for name, hook in hooks.items()),
         Method("ddp_powersgd", "compressed", partial(DataParallel, hook="powersgd")),
         Method("topk", "compressed", TopKLars),

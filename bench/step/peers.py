@@ -123,9 +123,12 @@ class TopK:
             param.grad = mean_grad
 
 
-def data_parallel(model: nn.Module, group: dist.ProcessGroup, hook: str | None) -> DistributedDataParallel:
-    """DDP as fast as it goes: gradients are views of its buckets; buffers stay each rank's own, as with our methods.
+def data_parallel(
+    model: nn.Module, group: dist.ProcessGroup, hook: str | None, bucket_mb: int | None = None
+) -> DistributedDataParallel:
+    """DDP with gradients as views of its buckets; buffers stay each rank's own, as with our methods.
 
+    bucket_mb: None is torch's default, a first bucket of 1 MiB and then 25; else all of this size, and a static graph.
     PowerSGD gets one bucket: each of its buckets is summed in two rounds, the second of which gloo starts whenever the
     first has ended, so that with several buckets ranks come to different sums ("op.preamble.length <= op.nbytes").
     """
@@ -133,7 +136,7 @@ def data_parallel(model: nn.Module, group: dist.ProcessGroup, hook: str | None) 
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False,
-            bucket_cap_mb=_ONE_BUCKET_MB if hook == "powersgd" else None,
+            bucket_cap_mb=_ONE_BUCKET_MB if hook == "powersgd" else bucket_mb, static_graph=bucket_mb is not None,
         )  # fmt: skip
 
 

@@ -37,7 +37,6 @@ from step.models import CASES, Batch, make_batch, make_model
 
 WARM_UP = 3  # iterations: DDP orders its buckets after the first, PowerSGD starts with the third
 TIMED_LR = 1e-3
-SHARED_INTERFACE = "lo"
 DEADLINE = timedelta(seconds=120)
 CURVE_MODEL, CURVE_BATCH = "resnet20", 64
 
@@ -50,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {
         "world_size": ranks.world_size,
         "threads": options.threads,
+        "interface": options.interface,
         "transports": {"jointspar": ranks.comm.name, "peers": "torch.distributed: gloo"},
     }
     if ranks.rank == 0:
@@ -117,7 +117,7 @@ def time_iterations(method: Iteration, batch: Batch, iterations: int, interface:
     of_ranks = gather(own / iterations, ranks)
     slowest = of_ranks[of_ranks[:, : len(PHASES)].sum(axis=1).argmax(), : len(PHASES)]
     sent_bytes, interface_bytes = of_ranks[:, -2].mean(), of_ranks[:, -1].mean()
-    if interface == SHARED_INTERFACE:
+    if interface == interface_counters.SHARED_INTERFACE:
         interface_bytes /= ranks.world_size  # every rank saw the bytes of all
     return {
         "ms": float(slowest.sum()),
@@ -197,7 +197,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3, help="timed ones in a round, or those of the loss curve")
     parser.add_argument("--threads", type=int, default=1, help="of torch on each rank")
-    parser.add_argument("--interface", default=SHARED_INTERFACE, help="network interface of gloo (default lo)")
+    parser.add_argument(
+        "--interface", default=interface_counters.SHARED_INTERFACE, help="network interface of gloo (default lo)"
+    )
     curve = parser.add_argument_group("loss curve")
     curve.add_argument("--loss-curve", choices=METHODS, metavar="METHOD", help=f"train {CURVE_MODEL} by this one")
     curve.add_argument("--dataset", choices=DATASETS, default="fashion-mnist", help="default fashion-mnist")

@@ -26,7 +26,7 @@ from jointspar import cli, ops
 from limits import Limit, compiler
 from operation import Case, Operation, Traffic, Variant, verify
 from picture import draw_fractions
-from results import SCHEMA, cell_of, table
+from results import SCHEMA, cell_of, save, table
 from shapes import MODELS
 
 SMALL = Case("tiny", [(3,)], "float32", in_cache=True)
@@ -211,7 +211,8 @@ def made_up(speedup: float = 3.0, of_limit: float | None = 0.9, **changes: Any) 
     ]  # fmt: skip
     cell = {"operation": "sum", "case": "tiny", "dtype": "float32", "threads": 1, "variants": rows}
     machine = {"processor": "P", "cores": 2}
-    return {"schema": SCHEMA, "quick": False, "machine": machine, "cells": [cell], **changes}
+    record = {"schema": SCHEMA, "quick": False, "rounds": 9, "machine": machine, "versions": {"torch": "2.13"}}
+    return {**record, "cells": [cell], **changes}
 
 
 def compared(tmp_path: Path, old: Any, new: Any) -> int:
@@ -249,7 +250,26 @@ def test_ratio_that_is_no_longer_measured_and_another_machine_are_noted(
     assert compared(tmp_path, made_up(), made_up(of_limit=None, machine={"processor": "Q", "cores": 2})) == 0
     output = capsys.readouterr().out
     assert "no longer measured: sum, tiny, float32, threads 1, native, of_limit" in output
-    assert "another machine: processor P -> Q" in output
+    assert "another processor: P -> Q" in output
+
+
+def test_another_peer_rounds_and_torch_are_noted_and_what_is_not_a_number_is_worse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = made_up(), made_up(float("nan"), rounds=3, versions={"torch": "3.0"})
+    old["cells"][0]["best_peer"], new["cells"][0]["best_peer"] = "foreach", "compiled"
+    assert compared(tmp_path, old, new) == 1
+    output = capsys.readouterr().out
+    assert "another torch: 2.13 -> 3.0" in output
+    assert "another number of rounds: 9 -> 3" in output
+    assert "another best peer of sum, tiny, float32, threads 1: foreach -> compiled" in output
+
+
+def test_results_replace_those_of_the_same_command_only(tmp_path: Path) -> None:
+    first, second = ({"date": "2026-01-02T03:04", "command": command} for command in ("bench a", "bench b"))
+    paths = [save(record, [], tmp_path, "step") for record in (first, second, first, second)]
+    assert [path.name for path in paths] == ["2026-01-02-step.json", "2026-01-02-step-2.json"] * 2
+    assert [json.loads(path.read_text())["command"] for path in paths[:2]] == ["bench a", "bench b"]
 
 
 @pytest.mark.parametrize(

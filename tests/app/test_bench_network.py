@@ -104,7 +104,7 @@ def test_hosts_reach_each_other_and_are_gone_after_success_and_after_an_error() 
 
 
 @pytest.mark.usefixtures("stands", "interruptible")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 1)])
 def test_a_signal_takes_hosts_and_their_jobs_down(number: int, code: int) -> None:
     process, name = start_standing()
     running = sleepers(name)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ def sample(turn: int, method: str, ms: float, sent_bytes: float | None = None) -
 def result(*samples: dict[str, Any]) -> dict[str, Any]:
     transports = {"jointspar": "mpi", "peers": "gloo"}
     return {"case": "lenet5, 4 x 1", "world_size": 2, "threads": 1, "iterations": 1, "transports": transports,
-            "samples": list(samples)}  # fmt: skip
+            "interface": "lo", "samples": list(samples)}  # fmt: skip
 
 
 def rows_of(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -85,6 +89,17 @@ def test_bytes_are_the_transports_where_it_counts_and_else_the_interfaces() -> N
     assert (ours["wire_bytes"]["median"], ours["wire_bytes_counted_by"]) == (3e6, "transport")
     assert ours["of_plain"] is None  # plain took no part
     assert "-" in table(cell)
+    between_hosts = result(sample(0, "stratified_0.5", 1.0, sent_bytes=3e6)) | {"interface": "eth0"}
+    (row,) = cell_of("m", between_hosts)["variants"]
+    assert (row["wire_bytes"]["median"], row["wire_bytes_counted_by"]) == (8e6, "interface")
+
+
+def test_a_method_whose_forward_pass_is_unlike_the_others_is_marked_as_noise() -> None:
+    samples = [sample(0, name, ms) for name, ms in (("ddp", 10.0), ("plain", 11.0), ("stratified_0.5", 13.0))]
+    lines = table(cell_of("m", result(*samples))).splitlines()
+    assert [line for line in lines if "noise" in line] == [
+        "  noise: stratified_0.5 took 1.18 of the median forward pass, which all share"
+    ]
 
 
 def test_phases_add_up_whatever_is_moved() -> None:
@@ -104,7 +119,8 @@ def record_of(speedup: float, of_plain: float, schema: str = STEP_SCHEMA) -> dic
         {"variant": "ddp", "role": "dense", "speedup": {"median": 1.0}, "of_plain": None},
     ]
     cell = {"model": "resnet18", "ranks": 2, "variants": rows}
-    return {"schema": schema, "quick": False, "machine": {"processor": "P", "cores": 2}, "cells": [cell]}
+    made_with = {"machine": {"processor": "P", "cores": 2}, "versions": {"torch": "2.13"}}
+    return {"schema": schema, "quick": False, "rounds": 3, **made_with, "cells": [cell]}
 
 
 def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any]) -> int:
@@ -145,3 +161,35 @@ def test_job_that_cannot_run_is_reported(
     assert steps.main(["--quick", "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_job_too(tmp_path: Path, number: int) -> None:
+    """The launcher is a stand-in that writes its process number and sleeps."""
+    launcher = tmp_path / "mpirun"
+    launcher.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/started.part\nmv {tmp_path}/started.part {tmp_path}/started\n"
+                        "exec sleep 600\n")  # fmt: skip
+    launcher.chmod(0o755)
+    program = f"import steps; from step import jobs; jobs.find_launcher = lambda: {str(launcher)!r}; "
+    program += f"steps.main(['--quick', '--out', {str(tmp_path)!r}])"
+    folders = [str(Path(steps.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        job = int((tmp_path / "started").read_text())
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+        with pytest.raises(ProcessLookupError):
+            os.kill(job, 0)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_method_that_is_named_twice_is_measured_once() -> None:
+    options = steps._parse(["--methods", "ddp", "plain", "ddp", "--ranks", "2", "2"])
+    assert options.methods == ["ddp", "plain"] and options.ranks == [2]
