@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensorMode
 
 from support import NumpyArrays, TorchArrays
 
@@ -73,6 +74,13 @@ NOT_A_NUMBER = {
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "minus_inf": -math.inf, "huge": 10**400}
 NOT_WHOLE = {"none": None, "text": "1", "fraction": 1.5, "bool": True, "nan": math.nan, "list": [1]}
 
+
+def fake_tensor() -> torch.Tensor:
+    """What torch.compile traces with: a tensor without memory, as all wrapper subclasses are."""
+    with FakeTensorMode():
+        return torch.ones(4)
+
+
 # Arrays of 4 elements that no operation on gradients may touch.
 BAD_TORCH: dict[str, Callable[[], Any]] = {
     "strided": lambda: torch.arange(8.0)[::2],
@@ -90,6 +98,8 @@ BAD_TORCH: dict[str, Callable[[], Any]] = {
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
     "mkldnn": lambda: torch.ones(4).to_mkldnn(),
     "negated": lambda: torch._neg_view(torch.ones(4)),
+    "fake": fake_tensor,
+    "zeros_without_memory": lambda: torch._efficientzerotensor((4,)),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(3)]),
 }
 BAD_NUMPY: dict[str, Callable[[], Any]] = {

@@ -78,6 +78,17 @@ def test_tensors_without_storage_are_refused(offset: int) -> None:
         ops.squared_norms([given_back])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_tensors_made_in_inference_mode_are_written(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        param, made = torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+        momentum_buffer = torch.zeros(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    ops.sgd_update([param], [momentum_buffer], [param.clone()], lr=0.5, momentum=0.5, weight_decay=0.0)
+    assert param.tolist() == [0.5, 0.5, 0.5] and momentum_buffer.tolist() == [1.0, 1.0, 1.0]
+    ops.unpack_gradients(torch.arange(6.0), [torch.zeros(3), made])
+    assert made.tolist() == [3.0, 4.0, 5.0]
+
+
 def test_misaligned_tensors_are_refused() -> None:
     misaligned = torch.frombuffer(bytearray(17), dtype=torch.float32, offset=1)
     with pytest.raises(ValueError, match="is not aligned"):

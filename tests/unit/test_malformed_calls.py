@@ -380,7 +380,10 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.tobytes()
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
-        return None if value.is_quantized or value.is_nested else bits(value.contiguous())
+        has_memory = type(value) is torch.Tensor and not (value.is_quantized or value.is_nested)
+        if not has_memory or value._is_zerotensor():
+            return None
+        return bits(value.contiguous())
     return None
 
 

@@ -47,7 +47,7 @@ class FlatArray:
 class HostArray(FlatArray):
     """On the CPU, with its elements as a 1-D tensor."""
 
-    values: torch.Tensor  # shares memory, unless the array is a read-only NumPy one
+    values: torch.Tensor  # a plain one; shares memory, unless the array is a read-only NumPy one
 
     def _part_of(self, begin: int, end: int) -> dict[str, Any]:
         return {**super()._part_of(begin, end), "values": self.values[begin:end]}
@@ -88,10 +88,26 @@ def _flat_tensor(name: str, array: torch.Tensor) -> HostArray:
         raise TypeError(f"{name}: {array.dtype} is not one of float32, float64, bfloat16, float16")
     shape, strides = tuple(array.shape), array.stride()
     check_dense(name, shape, strides)
-    if array.numel() and array.data_ptr() % array.element_size():
+    values = _elements(name, array)
+    address = values.data_ptr()
+    if address % values.element_size():
         raise ValueError(f"{name}: is not aligned in memory")
-    values = array.detach().as_strided((array.numel(),), (1,))
-    return HostArray(name, array.dtype, array.numel(), shape, strides, array.data_ptr(), values)
+    return HostArray(name, values.dtype, values.numel(), shape, strides, address, values)
+
+
+def _elements(name: str, array: torch.Tensor) -> torch.Tensor:
+    """Its elements in one dimension, in memory that NumPy agrees to be there."""
+    if array.numel() == 0:
+        return torch.empty(0, dtype=array.dtype, device="cpu")
+    try:
+        flat = array.detach().as_strided((array.numel(),), (1,))
+        numbers = flat.view(torch.int16) if array.dtype == torch.bfloat16 else flat  # NumPy has no bfloat16
+        memory = torch.from_numpy(numbers.numpy()).view(array.dtype)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TypeError(f"{name}: {type(array).__name__} has no memory of its own ({reason})") from None
+    # Outside of their mode torch writes no tensors made in inference mode, but memory that it did not make.
+    return memory if array.is_inference() else flat
 
 
 def _flat_ndarray(name: str, array: np.ndarray, writable: bool) -> HostArray:
