@@ -81,8 +81,12 @@ std::string place_name(std::int32_t device_type, std::int32_t device_id) {
 struct ArrayType {
     PyTypeObject* type;
     const dlpack::ExchangeApi* api;  // null: none
-    PyObject* is_neg;                // torch's method; null: none
+    PyObject* is_neg;                // torch's methods; null: none
+    PyObject* storage_offset;
 };
+
+// Where an interpreter is not position-independent its heap lies below, in others nothing does.
+constexpr std::uintptr_t kLow = std::uintptr_t{1} << 40;
 
 const dlpack::ExchangeApi* exchange_api(py::handle type) {
     const py::object capsule = py::getattr(type, dlpack::kExchangeApiAttribute, py::none());
@@ -100,10 +104,13 @@ ArrayType array_type(py::handle object) {
     }
     const py::handle handle(reinterpret_cast<PyObject*>(type));
     const dlpack::ExchangeApi* api = exchange_api(handle);
-    if (api == nullptr) return {type, nullptr, nullptr};
-    py::object is_neg = py::getattr(handle, "is_neg", py::none());
+    if (api == nullptr) return {type, nullptr, nullptr, nullptr};
+    const auto method = [&](const char* name) {
+        py::object found = py::getattr(handle, name, py::none());
+        return found.is_none() ? nullptr : found.release().ptr();
+    };
     handle.inc_ref();
-    known.push_back({type, api, is_neg.is_none() ? nullptr : is_neg.release().ptr()});
+    known.push_back({type, api, method("is_neg"), method("storage_offset")});
     return known.back();
 }
 
@@ -234,6 +241,22 @@ ArrayView ArrayReader::read_cuda_array_interface(py::handle object, ArgName name
         raise_type(name, "has a __cuda_array_interface__ that cannot be read");
     }
     return view;
+}
+
+// A storage that was given back leaves null, to which torch adds a view's offset. Its size is asked for only where the
+// address is that offset: the question takes as long as everything else about a small tensor.
+bool ArrayReader::has_memory(py::handle object, const ArrayView& view) {
+    if (view.data == nullptr) return false;
+    const auto address = reinterpret_cast<std::uintptr_t>(view.data);
+    if (address >= kLow || PyObject_CheckBuffer(object.ptr()) != 0) return true;
+    PyObject* const method = array_type(object).storage_offset;
+    if (method == nullptr && !py::hasattr(object, "untyped_storage")) return true;
+    const auto offset = method == nullptr
+                            ? object.attr("storage_offset")()  // torch before 2.10
+                            : py::reinterpret_steal<py::object>(PyObject_CallOneArg(method, object.ptr()));
+    if (!offset) throw py::error_already_set();
+    if (address != static_cast<std::uintptr_t>(py::cast<std::int64_t>(offset) * view.item_bytes)) return true;
+    return py::cast<std::int64_t>(object.attr("untyped_storage")().attr("nbytes")()) > 0;
 }
 
 void ArrayReader::check_place(std::int32_t device_type, std::int32_t device_id, ArgName name) const {

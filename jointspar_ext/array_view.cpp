@@ -12,15 +12,6 @@ namespace jointspar {
 namespace {
 
 constexpr int kMaxDims = 64;
-constexpr std::uintptr_t kLow = std::uintptr_t{1} << 40;
-
-// torch adds a view's offset to the null of a storage that was given back, so an address below the usual is looked
-// into.
-bool has_memory(py::handle object, const void* data) {
-    if (data == nullptr) return false;
-    if (reinterpret_cast<std::uintptr_t>(data) >= kLow || !py::hasattr(object, "untyped_storage")) return true;
-    return py::cast<std::int64_t>(object.attr("untyped_storage")().attr("nbytes")()) > 0;
-}
 
 std::int64_t element_count(const ArrayView& view, ArgName name) {
     if (view.ndim < 0 || view.ndim > kMaxDims) raise_value(name, "has more than 64 dimensions");
@@ -79,7 +70,7 @@ ArrayView ArrayReader::read(py::handle object, ArgName name, Access access, Kind
         view.data = nullptr;
         return view;
     }
-    if (!has_memory(object, view.data)) raise_type(name, "(" + type_name(object) + ") has no memory of its own");
+    if (!has_memory(object, view)) raise_type(name, "(" + type_name(object) + ") has no memory of its own");
     if (!is_dense(view)) {
         raise_value(name,
                     "is not dense: gaps, expanded dimensions and negative strides are not supported; "

@@ -51,7 +51,8 @@ class ArrayReader {
 
     // Raises TypeError for what is no dense-capable array of a supported dtype in this memory, ValueError for a gap,
     // an expanded dimension or a negative stride, or for a read-only array that is to be written. What a producer has
-    // under way on a CUDA array is not waited for: the operation runs on the producer's stream.
+    // under way on a CUDA array is not waited for: the operation runs on the producer's stream. That the memory reaches
+    // as far as the array says is the producer's promise: a torch storage that was shrunk under its tensor is not seen.
     ArrayView read(pybind11::handle object, ArgName name, Access access, Kind kind = Kind::kFloat);
     // One dimension; of `size` elements where that is not negative.
     ArrayView read_flat(pybind11::handle object, ArgName name, Access access, std::int64_t size = -1,
@@ -74,6 +75,7 @@ class ArrayReader {
     ArrayView read_dlpack(const dlpack::Tensor& tensor, ArgName name, Kind kind);
     ArrayView read_capsule(pybind11::handle object, ArgName name, Kind kind);
     ArrayView read_cuda_array_interface(pybind11::handle object, ArgName name, Access access, Kind kind);
+    static bool has_memory(pybind11::handle object, const ArrayView& view);
     void check_place(std::int32_t device_type, std::int32_t device_id, ArgName name) const;
 
     std::int32_t device_;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import multiprocessing
 import multiprocessing.queues
 import signal
@@ -87,6 +89,34 @@ def test_tensors_made_in_inference_mode_are_written(dtype: torch.dtype) -> None:
     assert param.tolist() == [0.5, 0.5, 0.5] and momentum_buffer.tolist() == [1.0, 1.0, 1.0]
     ops.unpack_gradients(torch.arange(6.0), [torch.zeros(3), made])
     assert made.tolist() == [3.0, 4.0, 5.0]
+
+
+class AskedForStorage(torch.Tensor):
+    """A tensor that says when its storage is looked into."""
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        raise AssertionError("asked for its storage")
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_storages_of_tensors_at_low_addresses_are_not_looked_into() -> None:
+    """There the heap of an interpreter lies that is not position-independent; the question costs more than the rest."""
+    memory = low_memory(64)
+    tensor = torch.frombuffer(memory, dtype=torch.float32)
+    tensor.copy_(torch.arange(16.0))
+    assert 0 < tensor.data_ptr() < 2**32
+    parts = [tensor[:8].as_subclass(AskedForStorage), tensor[8:].as_subclass(AskedForStorage)]
+    assert ops.squared_norms(parts).tolist() == [140.0, 1100.0]
+
+
+def low_memory(size: int) -> ctypes.Array[ctypes.c_char]:
+    """Memory below 2^32."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    low_32_bits = 0x40  # MAP_32BIT
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | low_32_bits
+    arguments = (None, ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, ctypes.c_long(0))
+    return (ctypes.c_char * size).from_address(libc.mmap(*arguments))
 
 
 def test_misaligned_tensors_are_refused() -> None:
