@@ -54,7 +54,7 @@ def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarr
             raise ValueError(f"{name}: too large for a float") from None
         fits, array = math.isfinite(one) and one >= low, np.full(length, one)
     else:
-        is_one = isinstance(value, torch.Tensor) and value.ndim == 0
+        is_one = isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0
         array = np.full(length, vector(name, value.reshape(1))[0]) if is_one else vector(name, value, length)
         fits = np.isfinite(array).all() and not (array < low).any()
     if not fits:
@@ -198,7 +198,7 @@ def copy_to(name: str, out: Any, values: Any) -> Any:
     """Write `values` into the caller's array of the same shape and dtype."""
     if not isinstance(values, np.ndarray):
         return _copy_on_device(name, out, values)
-    target = out.detach().numpy() if isinstance(out, torch.Tensor) and out.device.type == "cpu" else out
+    target = _host_target(name, out)
     if not isinstance(target, np.ndarray) or target.dtype != values.dtype or target.shape != values.shape:
         raise TypeError(f"{name}: expected a writable {values.dtype} array of shape {values.shape}")
     if not target.flags.writeable:
@@ -210,10 +210,22 @@ def copy_to(name: str, out: Any, values: Any) -> Any:
     return out
 
 
+def _host_target(name: str, out: Any) -> Any:
+    """A tensor's memory as an array; everything else as it is."""
+    if not isinstance(out, torch.Tensor) or out.device.type != "cpu":
+        return out
+    try:
+        return out.detach().numpy()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TypeError(f"{name}: cannot be written as an array of numbers ({reason})") from None
+
+
 def _copy_on_device(name: str, out: Any, values: Any) -> Any:
     if place_of(out) != place_of(values) or out.dtype != values.dtype or tuple(out.shape) != tuple(values.shape):
         raise TypeError(f"{name}: expected a {values.dtype} array of shape {tuple(values.shape)} on the same device")
-    out[...] = values
+    target = out.detach() if isinstance(out, torch.Tensor) else out  # of a parameter autograd lets only this be written
+    target[...] = values
     return out
 
 

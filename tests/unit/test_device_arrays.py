@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from jointspar import arguments
 from jointspar.backends.on_device import OnDevice
 from jointspar.device_arrays import Place, named_stream
 
@@ -62,3 +63,9 @@ def test_work_on_a_named_stream_comes_between_the_work_of_torch(array, handle, n
     if name:
         launch = [f"{name} waits for torch", *launch, f"torch waits for {name}"]
     assert diary == ["new result", *launch]
+
+
+def test_a_result_on_a_device_is_written_into_a_parameter():
+    out = torch.nn.Parameter(torch.zeros(3))
+    assert arguments.copy_to("out", out, torch.ones(3)) is out  # values that are no host array: as on a device
+    assert out.tolist() == [1.0, 1.0, 1.0] and out.grad_fn is None and out.requires_grad

@@ -328,6 +328,15 @@ def result_cases() -> Iterator[Case]:
         for label, value in {"text": "out", "list": [0.0] * 4, "number": 1.0}.items():
             yield Case(op, label, "out", "numpy", lambda _, v=value: {"out": v})
         yield Case(op, "meta", "out", "torch", lambda _: {"out": torch.ones(4, device="meta", dtype=torch.float64)})
+        of_torch = {
+            "negated": lambda: torch._neg_view(torch.ones(4, dtype=torch.float64)),
+            "nested": BAD_TORCH["nested"],
+            "fake": BAD_TORCH["fake"],
+            "bfloat16": lambda: torch.zeros(4, dtype=torch.bfloat16),
+            "sparse": BAD_TORCH["sparse_coo"],
+        }
+        for label, make in of_torch.items():
+            yield Case(op, label, "out", "torch", lambda _, m=make: {"out": m()})
         frozen = np.zeros(4, bool if op == "sample_layers" else np.float64)
         frozen.setflags(write=False)
         yield Case(op, "read_only", "out", "numpy", lambda _, v=frozen: {"out": v})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,3 +200,13 @@ def test_skip_nonfinite_writes_nothing_where_a_gradient_is_not_finite(library: A
         results.append([bits(array) for array in (*params, *momenta)] == before)
     assert results == [False, True]
     assert [math.isfinite(norm) for norm in norms] == [True, False]
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, np.float64])
+def test_numbers_may_be_arrays_without_a_dimension(make: Callable[[float], Any]) -> None:
+    param, momentum_buffer = torch.ones(2), torch.zeros(2)
+    settings = {"lr": make(0.25), "momentum": make(0.0), "weight_decay": make(0.0)}
+    ops.sgd_update([param], [momentum_buffer], [torch.ones(2)], **settings)
+    assert param.tolist() == [0.75, 0.75]
+    packed, _ = ops.pack_gradients([torch.ones(2)], make(0.5))
+    assert packed.tolist() == [0.5, 0.5]
