@@ -1,9 +1,9 @@
+#include <cstring>
 #include <vector>
 
 #include "cpu/non_temporal.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
-#include "cpu/zero_chunk.h"
 #include "jointspar/pack_gradients.h"
 
 namespace jointspar {
@@ -64,14 +64,15 @@ void pack_gradients_cpu(const PackSlice* slices, std::int64_t num_slices, void* 
     for_each_chunk(table, [=](int64_t index, const Chunk& chunk) {
         const PackSlice& slice = slices[chunk.slice];
         std::byte* target = packed_bytes + (slice.offset + chunk.begin) * element_bytes(packed_dtype);
-        PackChunk part{zero_chunk(), DType::kFloat32, target, packed_dtype, chunk.size, 1.0, streaming};
-        if (slice.source != nullptr) {
-            const int64_t source_at = chunk.begin * element_bytes(slice.source_dtype);
-            part.source = static_cast<const std::byte*>(slice.source) + source_at;
-            part.source_dtype = slice.source_dtype;
-            part.scale = slice.scale;
+        if (slice.source == nullptr) {  // all bits zero is zero in every dtype
+            std::memset(target, 0, static_cast<std::size_t>(chunk.size * element_bytes(packed_dtype)));
+            sums[index] = 0.0;
+            return;
         }
-        sums[index] = pack_chunk(part);
+        const std::byte* source =
+            static_cast<const std::byte*>(slice.source) + chunk.begin * element_bytes(slice.source_dtype);
+        sums[index] =
+            pack_chunk({source, slice.source_dtype, target, packed_dtype, chunk.size, slice.scale, streaming});
     });
     if (squared_norms == nullptr) return;
     for (int64_t k = 0; k < num_slices; ++k) squared_norms[k] = table.sum_of(k, sums);

@@ -124,6 +124,26 @@ def test_all_none_packs_zeros(library: Arrays) -> None:
     _, norms = ops.pack_gradients([None, None], 1.0, layout=[2, 3], out=out)
     assert library.float64(out).tolist() == [0.0] * 5
     assert norms.tolist() == [0.0, 0.0]
+    assert type(norms) is type(out)
+
+
+@pytest.mark.host
+def test_all_none_gives_tensors_where_no_array_says_otherwise() -> None:
+    packed, norms = ops.pack_gradients([None, None], 1.0, layout=[2, 3])
+    assert isinstance(packed, torch.Tensor) and isinstance(norms, torch.Tensor)
+    assert packed.tolist() == [0.0] * 5 and norms.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("wire", DTYPES)
+def test_none_of_every_size_writes_its_slice_and_no_more(library: Arrays, wire: str) -> None:
+    ones = library.array(np.ones(1))
+    grads = [grad for _ in SIZES for grad in (None, ones)]
+    layout = [size for each in SIZES for size in (each, 1)]
+    out = library.array(np.full(sum(layout), math.nan), wire)
+    _, norms = ops.pack_gradients(grads, 1.0, layout=layout, out=out)
+    expected = np.concatenate([np.append(np.zeros(size), 1.0) for size in SIZES])
+    np.testing.assert_array_equal(library.float64(out), expected)
+    assert norms.tolist() == [0.0, 1.0] * len(SIZES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,7 +36,8 @@ def pack_gradients(
 
     Args:
         grads: num_tensors arrays of float32, float64, bfloat16 or float16. None packs zeros and needs `layout`.
-        scales: one number or [num_tensors], finite; 1 / (p * world_size) in a JointSpar step.
+        scales: one number or [num_tensors], finite; 1 / (p * world_size) in a JointSpar step. Where the
+            product is float32, one beyond it is infinite: it gives infinities, and NaN for zeros.
         wire_dtype: dtype of the packed buffer; default float32, or float64 when a gradient is float64.
         layout: int64 [num_tensors], elements of each slice; default the sizes of `grads`.
         out: 1-D buffer of sum(layout) elements, written and returned.
@@ -47,11 +48,11 @@ def pack_gradients(
     grads = sequence("grads", grads)
     sizes = sizes_of("grads", grads) if layout is None else whole_layout(layout, len(grads))
     scale_per_tensor = per_tensor("scales", scales, len(grads), low=-np.inf)
-    like_array = next((grad for grad in grads if grad is not None), out)
     if out is None:
         out = new_packed(grads, int(sizes.sum()), wire_dtype)
     else:
         check_packed_kind("out", out, wire_dtype)
+    like_array = next((grad for grad in grads if grad is not None), out)
     norms = serving_of(like_array)[0].pack_gradients(grads, scale_per_tensor, sizes, out)
     increment_versions([out])
     return out, like(like_array, norms)
