@@ -1,5 +1,6 @@
 #include "watchdog.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -29,10 +30,17 @@ void block_signals(sigset_t* before) {
 
 }  // namespace
 
+Watchdog* Watchdog::only_ = new Watchdog(0);
+
 Watchdog& Watchdog::instance() {
-    static auto* const only = new Watchdog;
-    return *only;
+    static const int is_registered = pthread_atfork(nullptr, nullptr, begin_anew);
+    static_cast<void>(is_registered);
+    return *only_;
 }
+
+// In a forked child: the parent's thread may have held the lock. Numbers go on, so that the end of a watch that the
+// parent started ends none of the child's.
+void Watchdog::begin_anew() { only_ = new Watchdog(only_->last_); }
 
 std::uint64_t Watchdog::start(double seconds, const std::string& message) {
     if (!(seconds > 0.0)) throw std::invalid_argument("seconds must be positive, not " + std::to_string(seconds));

@@ -12,7 +12,8 @@ namespace jointspar {
 
 class Watchdog {
   public:
-    // The only one. It is never destroyed: its thread runs until the process ends.
+    // The only one. It is never destroyed: its thread runs until the process ends. A forked child, which has no such
+    // thread, gets one of its own, without the parent's watches.
     static Watchdog& instance();
 
     // Returns a number for `end`. Unless that comes within `seconds`, the message goes to stderr and the process ends
@@ -27,15 +28,18 @@ class Watchdog {
         std::string message;
     };
 
-    Watchdog() = default;
+    explicit Watchdog(std::uint64_t last) : last_(last) {}
+    static void begin_anew();
     void start_thread();
     void run();
     Clock::time_point next_deadline() const;
 
+    static Watchdog* only_;
+
     std::mutex mutex_;
     std::condition_variable changed_;
     std::map<std::uint64_t, Watch> watches_;
-    std::uint64_t last_ = 0;
+    std::uint64_t last_;
     Clock::time_point sleeps_until_{};
     bool is_running_ = false;
 };

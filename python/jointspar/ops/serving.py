@@ -22,6 +22,8 @@ _chosen: ModuleType | None = None
 def backend() -> ModuleType:
     """The module that serves the operations; chosen at the first call (see JOINTSPAR_BACKEND)."""
     global _chosen
+    # OpenMP keeps its number of threads by thread; of torch.set_num_threads a thread hears when it asks torch first.
+    torch.get_num_threads()
     if _chosen is None:
         _chosen = backends.choose()
     return _chosen
@@ -29,7 +31,10 @@ def backend() -> ModuleType:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve the operations on CPU arrays from one backend ("native", "numba", "reference") inside a with block."""
+    """Serve the operations on CPU arrays from one backend ("native", "numba", "reference") inside a with block.
+
+    The choice is the process's: other threads see it too, and blocks that overlap in time restore each other's.
+    """
     global _chosen
     before = _chosen
     _chosen = backends.load(name)
