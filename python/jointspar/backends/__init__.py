@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,11 @@ BACKENDS = tuple(_MODULES)
 DEVICE_BACKENDS = tuple(_DEVICE_MODULES)
 ENVIRONMENT_VARIABLE = "JOINTSPAR_BACKEND"
 
+# Modules that may be missing without a word: not compiled, or not installed.
+_MAY_BE_MISSING = ("jointspar_ext", "jointspar_ext._core", "jointspar_ext._cuda", "numba")
+
 _loaded: dict[str, ModuleType] = {}
+_warned: set[str] = set()
 
 
 def load(name: str) -> ModuleType:
@@ -41,8 +46,8 @@ def choose() -> ModuleType:
     for name in BACKENDS[:-1]:
         try:
             return load(name)
-        except ImportError:
-            continue
+        except ImportError as error:
+            _warn_if_broken(name, error)
     return load(BACKENDS[-1])
 
 
@@ -52,10 +57,13 @@ def device_backend(place: Place, array: Any) -> OnDevice:
     if forced and forced not in DEVICE_BACKENDS:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced} serves arrays on the CPU only, not on cuda:{place.device}")
     reasons = []
-    for name in [forced] if forced else DEVICE_BACKENDS:
+    names = [forced] if forced else list(DEVICE_BACKENDS)
+    for name in names:
         try:
             return OnDevice(_import(_DEVICE_MODULES[name]), place, array)
         except ImportError as error:
+            if name != names[-1]:
+                _warn_if_broken(name, error)
             reasons.append(f"{name}: {error}")
     raise RuntimeError(
         "no CUDA kernels for arrays on a device: build jointspar where nvcc is found (JOINTSPAR_CUDA_EXT=1), or "
@@ -70,6 +78,14 @@ def has_device_backend(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def _warn_if_broken(name: str, error: ImportError) -> None:
+    """Once, where a backend is there and does not load: what takes its place is slower."""
+    is_missing = isinstance(error, ModuleNotFoundError) and error.name in _MAY_BE_MISSING
+    if not is_missing and name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"the backend {name!r} does not load, another is used: {error}", RuntimeWarning, stacklevel=3)
 
 
 def _import(module: str) -> ModuleType:
