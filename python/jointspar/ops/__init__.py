@@ -3,7 +3,8 @@
 Arrays are read in memory order and must be dense (contiguous after some permutation of their dimensions, as
 channels_last is); arrays that belong together (parameter, momentum, gradient) have the same shape and strides.
 Small per-tensor vectors come back in the array library of the input. Bad arguments raise ValueError or TypeError
-naming the argument; nothing was written then.
+naming the argument; nothing was written then. The `native` backend also takes buffers such as array.array. Code that
+torch.compile compiles calls these outside of it: they are no torch operations, and break its graphs.
 
 On CUDA arrays (torch, CuPy, or anything with DLPack or `__cuda_array_interface__`) an operation is put on the current
 stream of the arrays' library and returns at once: results are device arrays, and no value of a device array is looked

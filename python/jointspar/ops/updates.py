@@ -62,8 +62,9 @@ def lars_update(
         adapt: bool [num_tensors]; default: tensors of two dimensions or more.
         param_norms: float64 [num_tensors], ||w|| as the last call returned it; NaN or None: measured here.
         grad_norms: float64 [num_tensors], ||g|| where already known; NaN or None: measured here.
-        skip_nonfinite: where any gradient holds a NaN or infinity, params and momenta stay as they are, and
-            param_norms_after are the norms before.
+        skip_nonfinite: where ||g|| of any gradient, given or measured, is not finite, params and momenta stay as they
+            are, and param_norms_after are the norms before. So a float64 gradient whose norm overflows counts too,
+            and one with a NaN does not where a finite norm is given.
         layout: sizes of the packed slices; default the sizes of `params`, which it must equal.
 
     Source: You, Gitman & Ginsburg 2017, with torch.optim's convention (lr outside the velocity).
