@@ -4,6 +4,9 @@ VENV   ?= .venv
 DEMO_OUT ?= runs/demo
 BUILD := build/extension
 MPICH_VENV ?= .venv-mpich
+# Warnings are errors for who develops; not for who tries the demo, with whichever compiler.
+WERROR ?= 1
+demo: WERROR = 0
 # Tests run two at a time, but one folder's jobs of several ranks do not; 0: all in one process, as a debugger wants.
 PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
@@ -58,7 +61,7 @@ $(VENV)/.stamp-base: constraints.txt
 
 $(VENV)/.stamp-project: $(VENV)/.stamp-base $(BUILD_FILES) $(NATIVE_SOURCES)
 	@echo "== $(VENV): jointspar, compiled and installed editable, with MPI"
-	@JOINTSPAR_BUILD_DIR="$(CURDIR)/$(BUILD)" $(PIP) --no-build-isolation -e '.[mpi,train]'
+	@JOINTSPAR_BUILD_DIR="$(CURDIR)/$(BUILD)" JOINTSPAR_WERROR=$(WERROR) $(PIP) --no-build-isolation -e '.[mpi,train]'
 	@touch $@
 
 # The project is installed by now, so its extras resolve from it without another build.
@@ -77,7 +80,8 @@ test: test-cpp test-python
 # What the C++ tests are, and what Python tests load of them.
 build-tests: $(VENV)/.stamp-project
 	@echo "== C++ tests: compiled"
-	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DPython_EXECUTABLE="$(VENV_PYTHON)" > /dev/null
+	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=$(WERROR) \
+	    -DPython_EXECUTABLE="$(VENV_PYTHON)" > /dev/null
 	@cmake --build $(BUILD) --target cpp_tests -- --quiet
 
 test-cpp: build-tests
@@ -112,7 +116,7 @@ test-mutations: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 test-sanitize: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== C++ and operation tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DJOINTSPAR_SANITIZE=address,undefined \
-	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE="$(VENV_PYTHON)" \
+	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE="$(VENV_PYTHON)" \
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/$(SANITIZE_BUILD)/jointspar_ext" > /dev/null
 	@cmake --build $(SANITIZE_BUILD) -- --quiet
 	@cp jointspar_ext/__init__.py $(SANITIZE_BUILD)/jointspar_ext

@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -33,6 +34,8 @@ class BuildWithCudaSources(build_py):
 class CMakeBuild(build_ext):
     """Configures and builds all modules at once where setuptools expects the first.
 
+    JOINTSPAR_CUDA_EXT is 0, 1 or auto; JOINTSPAR_CUDA_ARCHITECTURES names GPUs as CMAKE_CUDA_ARCHITECTURES does
+    ("90-real", "native"); JOINTSPAR_WERROR=1 makes errors of warnings, for developers.
     JOINTSPAR_BUILD_DIR names a folder that outlives this build, so that the next one compiles only what changed.
     Elsewhere CMake forgets what it found before: pip removes the ninja of an isolated build with its environment.
     """
@@ -54,13 +57,27 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DJOINTSPAR_VERSION={self.distribution.get_version()}",
             f"-DJOINTSPAR_CUDA_EXT={os.environ.get('JOINTSPAR_CUDA_EXT', 'auto')}",
+            f"-DJOINTSPAR_WERROR={os.environ.get('JOINTSPAR_WERROR', '0')}",
         ]  # fmt: skip
+        architectures = os.environ.get("JOINTSPAR_CUDA_ARCHITECTURES")  # without: not those of an earlier build
+        name = "JOINTSPAR_CUDA_ARCHITECTURES"
+        configure.append(f"-D{name}={architectures}" if architectures else f"-U{name}")
         if not os.environ.get("JOINTSPAR_BUILD_DIR"):
             (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ:
             configure += ["-G", "Ninja"]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "extensions", "--parallel", jobs], check=True)
+        run(configure)
+        run(["cmake", "--build", str(build_dir), "--target", "extensions", "--parallel", jobs])
+
+
+def run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(
+            f"{error}\nThe kernels could not be compiled. JOINTSPAR_CUDA_EXT=0 leaves those for GPUs out; with "
+            "JOINTSPAR_BUILD_NATIVE=0 nothing is compiled, and numba or NumPy serve (pip install 'jointspar[numba]')."
+        ) from None
 
 
 def extensions() -> list[Extension]:
