@@ -224,6 +224,8 @@ def test_ranks_and_simulated_workers_give_the_same_accuracy(tmp_path: Path, monk
 
 def test_the_committed_results_are_those_of_the_committed_list() -> None:
     out = Path(__file__).parents[2] / "bench/results/reproduce-reduced"
+    if not out.exists():
+        pytest.skip("an sdist has no results of measurements")
     chosen, found = load_list("reduced"), json.loads((out / "results.json").read_text())
     for run in runs.runs_of(chosen, out):
         runs.check_folder(run)

@@ -89,3 +89,23 @@ def test_spills_are_errors_where_cuda_was_asked_for(tmp_path: Path, wanted: str)
     assert result.returncode == 0, result.stderr
     rules = (tmp_path / "build.ninja").read_text()
     assert "-warn-spills" in rules and ("-Werror=all-warnings" in rules) == (wanted == "1")
+
+
+def test_a_wheel_holds_no_sources_but_those_that_are_compiled_at_run_time(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build_py", "-d", tmp_path / "lib"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    files = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    others = {file for file in files if not file.endswith(".py")}
+    sources = {file for file in others if file.startswith("jointspar/csrc/")}
+    assert {"jointspar/csrc/cuda/pack_kernel.cuh", "jointspar/csrc/include/jointspar/types.h"} <= sources
+    assert others - sources == {
+        "jointspar/py.typed",
+        "jointspar/training/reproduce/paper.toml",
+        "jointspar/training/reproduce/quick.toml",
+        "jointspar/training/reproduce/reduced.toml",
+        "jointspar/training/reproduce/report.html.jinja",
+        "jointspar_ext/_core.pyi",
+        "jointspar_ext/_cuda.pyi",
+        "jointspar_ext/py.typed",
+    }
