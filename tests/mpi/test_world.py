@@ -1,5 +1,7 @@
 """Which transport `world()` finds, and what it refuses."""
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -49,6 +51,17 @@ def test_a_single_task_of_a_batch_system_needs_no_mpi4py(plain_process):
     plain_process.setenv("PMIX_RANK", "0")
     plain_process.setitem(sys.modules, "mpi4py", None)
     assert world().name == "local"
+    plain_process.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert world().name == "local"
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_every_task_of_several_is_refused_without_mpi4py(plain_process, rank):
+    plain_process.setenv("PMIX_RANK", rank)
+    plain_process.setenv("SLURM_STEP_NUM_TASKS", "4")
+    plain_process.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(JointSparError, match="the launcher started 4 or more ranks, but mpi4py cannot be loaded"):
+        world()
 
 
 def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(plain_process):
@@ -94,13 +107,93 @@ def test_a_closed_world_is_made_anew_and_a_failed_one_is_not(plain_process):
         world().start_headers(None, what="test")
 
 
+def test_a_single_process_that_gets_others_later_has_their_transport(plain_process):
+    """As where a program logs the rank before it initialises torch.distributed, or forks and sets RANK afterwards."""
+    alone = world()
+    plain_process.setenv("WORLD_SIZE", "1")
+    assert world() is alone
+    plain_process.setenv("WORLD_SIZE", "2")
+    with pytest.raises(JointSparError, match="launch with `torchrun"):
+        world()
+
+
+AFTER_A_FORK = """
+import os, jointspar as js
+assert js.comm.world().world_size == 1
+rank = 1 if os.fork() == 0 else 0
+os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+print(f"of {js.comm.world().world_size}\\n", end="", flush=True)
+"""
+INITIALISED_LATER = """
+import os, jointspar as js, torch.distributed as dist
+assert js.comm.world().world_size == 1
+address = "tcp://127.0.0.1:" + os.environ["MASTER_PORT"]
+rank = 1 if os.fork() == 0 else 0
+dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+print(f"of {js.comm.world().world_size}\\n", end="", flush=True)
+"""
+
+
+def run_alone(patch, script):
+    """In a process of its own, with a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        patch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    patch.setenv("MASTER_ADDR", "127.0.0.1")
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("script", [AFTER_A_FORK, INITIALISED_LATER])
+def test_processes_that_meet_after_the_first_call_find_each_other(plain_process, script):
+    ended = run_alone(plain_process, script)
+    assert (ended.returncode, ended.stdout) == (0, "of 2\nof 2\n"), ended.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("state", ["MPI.Init(); MPI.Finalize()", "MPI"])
+@pytest.mark.parametrize(("variable", "text"), [
+    ("OMPI_COMM_WORLD_SIZE", "JointSparError: the launcher started 2 or more ranks, but MPI is not running"),
+    ("NO_LAUNCHER", "local"),
+])  # fmt: skip
+def test_an_mpi_that_does_not_run_is_refused_under_a_launcher_only(mpirun, plain_process, state, variable, text):
+    plain_process.setenv(variable, "2")
+    script = f"""
+import mpi4py
+mpi4py.rc.initialize = mpi4py.rc.finalize = False
+from mpi4py import MPI
+import jointspar as js
+{state}
+try:
+    print(js.comm.world().name)
+except js.errors.JointSparError as error:
+    print("JointSparError:", error)
+"""
+    ended = run_alone(plain_process, script)
+    assert ended.returncode == 0 and text in ended.stdout, ended.stderr
+
+
 @pytest.mark.mpi
 def test_the_launcher_of_another_mpi_is_refused(mpirun, plain_process):
     """As under the wrong mpirun: its variables speak of two ranks, but MPI knows of one. In a process of its own."""
     plain_process.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    program = [sys.executable, "-c", "from jointspar.comm import world; world()"]
-    plain_process.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    ended = run_alone(plain_process, "from jointspar.comm import world; world()")
     assert ended.returncode != 0
     assert "the launcher started 2 or more ranks, but mpi4py's world has 1" in ended.stderr
     assert "Use the mpirun of that MPI" in ended.stderr
+
+
+@pytest.mark.mpi
+def test_a_process_outside_the_given_communicator_is_told_so(mpirun, plain_process):
+    script = """
+import jointspar as js
+from mpi4py import MPI
+try:
+    js.comm.mpi(MPI.COMM_NULL)
+except js.errors.JointSparError as error:
+    print("JointSparError:", error)
+"""
+    ended = run_alone(plain_process, script)
+    assert ended.stdout == "JointSparError: this process is not in the given communicator\n", ended.stderr

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from jointspar.comm.local import local
-from jointspar.comm.mpi import library_version, load_mpi, mpi
+from jointspar.comm.local import LocalTransport, local
+from jointspar.comm.mpi import check_running, is_running, library_version, load_mpi, mpi
 from jointspar.comm.simulated import current_rank, run_simulated
 from jointspar.comm.torch_dist import is_running as is_torch_dist_running
 from jointspar.comm.torch_dist import torch_dist
@@ -27,21 +27,24 @@ def world() -> Transport:
     """The transport of the launcher at hand: MPI under mpirun or srun, gloo under torchrun, else a single process.
 
     The same object on every call until it is closed, so that it may stand as a default argument; inside `run_simulated`
-    that of the simulated rank. A torchrun that was itself started by mpirun or srun, one a node, counts. RANK,
-    WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand, or torch.distributed initialised by the program, do as torchrun
-    does, unless an MPI launcher is there. A plain single process, or a launcher that says 1 rank, imports no MPI and
-    starts no group. Raises JointSparError when the launcher started several ranks but mpi4py is missing or belongs to
-    another MPI than the launcher, or WORLD_SIZE speaks of several ranks without the rest, or srun started several tasks
-    that it tells nothing of each other (each rank would then train alone).
+    that of the simulated rank. A single process that has been given others since (torch.distributed initialised, or a
+    fork whose child sets RANK and WORLD_SIZE) gets their transport at the next call. A torchrun that was itself started
+    by mpirun or srun, one a node, counts. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand, or
+    torch.distributed initialised by the program, do as torchrun does, unless an MPI launcher is there. A plain single
+    process, or a launcher that says 1 rank, imports no MPI and starts no group. Raises JointSparError when the launcher
+    started several ranks but mpi4py is missing, its MPI does not run or is another than the launcher's, or WORLD_SIZE
+    speaks of several ranks without the rest, or srun started several tasks that it tells nothing of each other (each
+    rank would then train alone).
     """
     global _world
     rank = current_rank()
     if rank is not None and not rank.is_closed:
         return rank
-    while _world is not None and _world.is_closed:
-        _world = getattr(_world, "successor", None)  # of the ranks that were left
-    if _world is None:
+    if _world is None or _world.is_closed:
         _world = _make_world()
+    elif isinstance(_world, LocalTransport):
+        now = _make_world()
+        _world = _world if isinstance(now, LocalTransport) else now  # one that failed stays so
     return _world
 
 
@@ -72,8 +75,10 @@ def _has_launcher() -> bool:
 def _mpi_world(num_launched: int) -> Transport:
     try:
         mpi_module = load_mpi()
+        check_running(mpi_module)  # else asking for its world would end the process
     except JointSparError as error:
-        if num_launched == 1:  # PMIX_RANK alone: a batch system's single task
+        num_launched = max(num_launched, _number((_SRUN_VARIABLE,)))  # PMIX_RANK tells rank 0 of no other
+        if num_launched == 1:  # a batch system's single task
             return local()
         raise JointSparError(f"the launcher started {num_launched} or more ranks, but {error}") from error
     size = mpi_module.COMM_WORLD.Get_size()
@@ -98,4 +103,4 @@ def _number(names: tuple[str, ...]) -> int:
 def _is_mpi_running() -> bool:
     """Whether the program itself has loaded a parallel MPI, whatever its launcher sets."""
     module = sys.modules.get("mpi4py.MPI")
-    return module is not None and not module.Is_finalized() and module.COMM_WORLD.Get_size() > 1
+    return module is not None and is_running(module) and module.COMM_WORLD.Get_size() > 1

@@ -320,14 +320,13 @@ def mpi(
     under `mpirun --with-ft ulfm`.
     With an MPI that was started below MPI_THREAD_SERIALIZED, call from the main thread only.
     Raises JointSparError where mpi4py is missing or MPI is not running, or cannot go on without a rank though it
-    should; ValueError for a bad argument.
+    should, or this process is not in the communicator; ValueError for a bad argument.
     """
     options = checked_options(timeout, warn, on_failure, ("abort", "raise", "shrink"))
     mpi_module = load_mpi()
     if on_failure == "shrink" and not _outlives_ranks(mpi_module):
         raise JointSparError("on_failure='shrink' needs Open MPI 5 or later, started as `mpirun --with-ft ulfm -n N`")
-    if not mpi_module.Is_initialized() or mpi_module.Is_finalized():
-        raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
+    check_running(mpi_module)
     world = mpi_module.COMM_WORLD if communicator is None else communicator
     return MpiTransport(mpi_module, world, options)
 
@@ -343,9 +342,22 @@ def _lost_classes(mpi_module: ModuleType) -> tuple[int, ...]:
 
 
 def load_mpi() -> ModuleType:
+    if world == mpi_module.COMM_NULL:  # what Split and Create give to ranks outside
+        raise JointSparError("this process is not in the given communicator")
     """mpi4py.MPI; importing it starts MPI. Raises JointSparError that says what to install."""
     try:
         from mpi4py import MPI
+def check_running(mpi_module: ModuleType) -> None:
+    """Raises JointSparError where MPI is not initialised, or finalised: most calls would end the process."""
+    if not is_running(mpi_module):
+        raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
+
+
+def is_running(mpi_module: ModuleType) -> bool:
+    """Whether MPI is initialised and not yet finalised."""
+    return mpi_module.Is_initialized() and not mpi_module.Is_finalized()
+
+
     except (ImportError, RuntimeError) as error:
         raise JointSparError(
             f"mpi4py cannot be loaded ({error}): install it beside the MPI that launches, "
