@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from jointspar.comm.device import call_with_deadline, wait_for_stream
 from jointspar.comm.local import local
 from jointspar.errors import CollectiveTimeout, JointSparError
+from jointspar.step.exchange.allreduce import allreduce
 from jointspar.step.exchange.staged import Staged
 
 
@@ -53,6 +57,40 @@ def test_a_blocking_call_that_does_not_return_times_out_and_closes_the_transport
     with pytest.raises(CollectiveTimeout, match=r"rank 0: a sum: no answer from the other ranks for 0\.1 s"):
         call_with_deadline(transport, lambda: time.sleep(5), what="a sum")
     with pytest.raises(JointSparError, match="a sum"):
+        transport.allreduce(torch.zeros(1), what="the next")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_during_a_blocking_call_closes_the_transport():
+    transport, is_left = local(), threading.Event()
+
+    def call():
+        os.kill(os.getpid(), signal.SIGINT)
+        is_left.wait(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        call_with_deadline(transport, call, what="a sum")
+    is_left.set()
+    with pytest.raises(JointSparError, match="a sum was left by KeyboardInterrupt"):
+        transport.allreduce(torch.zeros(1), what="the next")
+
+
+def test_an_interrupt_in_the_transports_own_sum_closes_it_and_a_refusal_does_not(monkeypatch):
+    transport = local()
+
+    def raises(error):
+        def fail(packed, *, what):
+            raise error
+
+        monkeypatch.setattr(transport, "allreduce", fail)
+        with pytest.raises(type(error)):
+            allreduce(transport, torch.zeros(1), what="a sum")
+        monkeypatch.undo()
+
+    raises(TypeError())
+    transport.allreduce(torch.zeros(1), what="the next")
+    raises(KeyboardInterrupt())
+    with pytest.raises(JointSparError, match="a sum was left by KeyboardInterrupt"):
         transport.allreduce(torch.zeros(1), what="the next")
 
 

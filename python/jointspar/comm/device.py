@@ -33,7 +33,8 @@ def call_with_deadline(transport: Transport, function: Callable[[], None], *, wh
     """Run a blocking call on a helper thread, because it cannot be left when a peer has gone.
 
     Raises what the function raises; CollectiveTimeout past the transport's deadline: the thread, with the memory that
-    the function holds, then stays until the process ends.
+    the function holds, then stays until the process ends. So it does after an interrupt; either way the transport
+    refuses further use.
     """
     errors: list[BaseException] = []
 
@@ -44,8 +45,12 @@ def call_with_deadline(transport: Transport, function: Callable[[], None], *, wh
             errors.append(error)
 
     thread = threading.Thread(target=run, name=f"jointspar {what}", daemon=True)
-    thread.start()
-    thread.join(min(transport.timeout, threading.TIMEOUT_MAX))
+    try:
+        thread.start()
+        thread.join(min(transport.timeout, threading.TIMEOUT_MAX))
+    except BaseException as error:
+        transport.fail(f"{what} was left by {type(error).__name__}")
+        raise
     if thread.is_alive():
         _give_up(transport, f"{what}: no answer from the other ranks for {transport.timeout:.1f} s")
     if errors:

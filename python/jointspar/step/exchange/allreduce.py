@@ -15,4 +15,10 @@ def allreduce(transport: Transport, packed: torch.Tensor, *, what: str, slices: 
     slices: not needed.
     Raises TypeError for another dtype, CollectiveTimeout.
     """
-    transport.allreduce(packed, what=what)
+    try:
+        transport.allreduce(packed, what=what)
+    except (TypeError, ValueError):  # refused before anything moved
+        raise
+    except BaseException as error:  # an interrupt before or after the wait also leaves a sum under way
+        transport.fail(f"{what} was left by {type(error).__name__}")
+        raise
