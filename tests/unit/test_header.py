@@ -38,6 +38,7 @@ class Board:
 class ThreadTransport:
     """The part of a transport that an agreement uses."""
 
+    is_simulated = False
     is_closed = True  # nothing to finish when the tests' own process exits
     borrower_met = None  # the error of a thread that the transport is lent to
 
@@ -356,6 +357,7 @@ def test_finish_tells_what_an_exchange_during_backward_met():
 class Answering:
     """A transport whose other rank sends whatever the test says."""
 
+    is_simulated = False
     is_closed = True
     rank, world_size = 0, 2
 

@@ -1,10 +1,12 @@
 """Simulated ranks: the transport's contract, and what becomes of all ranks when one of them fails."""
 
+import gc
 import os
 import runpy
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +333,30 @@ print("done", flush=True)
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("keeps_error", [False, True])
+def test_a_failed_simulation_keeps_no_model(keeps_error):
+    """Whoever keeps the error keeps the frames of the rank that it is of, and no other's."""
+    models = {}
+
+    def use(transport):
+        model = nn.Linear(4, 4)
+        models[transport.rank] = weakref.ref(model)
+        optimizer = js.JointSparSGD(model.named_parameters())
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        if transport.rank == 1:
+            raise ZeroDivisionError("the fault")
+        optimizer.step()
+
+    kept = []
+    try:
+        run_simulated(3, use)
+    except ZeroDivisionError as error:
+        kept += [error] if keeps_error else []
+    gc.collect()
+    assert [rank for rank in range(3) if models[rank]() is not None] == ([1] if keeps_error else [])
 
 
 def test_a_world_without_ranks_is_refused():

@@ -94,7 +94,8 @@ class Agreement:
         if transport.world_size > 1:
             self._say_hello()
             reserve_words(transport, max(-(-len(layer_names) // 64), num_values))
-            atexit.register(self._finish_at_exit)
+            if not transport.is_simulated:  # those are closed before any exit, and a hook would keep their models
+                atexit.register(self._finish_at_exit)
 
     @property
     def is_over(self) -> bool:

@@ -254,7 +254,9 @@ def run_simulated(world_size: int, function: Callable[[SimulatedTransport], Resu
             transport._mark_closed()  # nothing of it is waited for at exit
     torch.set_rng_state(random_state_after)
     if world.errors:
-        raise world.errors[0][1]
+        first = world.errors[0][1]
+        world.errors.clear()  # whoever keeps the first error, or a transport, keeps no other rank's frames with it
+        raise first
     return [results[rank] for rank in range(world_size)]
 
 
