@@ -314,7 +314,9 @@ class JointSparOptimizer(torch.optim.Optimizer):
         Collective among them; again where it raises RanksLost itself. For a transport of
         `jointspar.comm.mpi(on_failure="shrink")`. Weights, momenta and what the ranks share of the distribution become
         those of a rank that is furthest; means are over the ranks that are left. Gradients of a step under way are
-        void: call `zero_grad` and compute them anew. Rates are not scaled to the smaller world.
+        void: call `zero_grad` and compute them anew. Rates are not scaled to the smaller world. At its exit such a
+        process has 20 s to end, since MPI's own end may hang after a loss: longer work belongs before the exit, not in
+        exit handlers.
 
         Returns: the number of steps made, from which all go on; an lr scheduler of this rank may be one behind.
         Raises: JointSparError where the transport cannot shrink, or the exchange is a CustomExchange.

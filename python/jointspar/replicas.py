@@ -32,6 +32,8 @@ def sync_buffers(model: torch.nn.Module, comm: Transport | None = None) -> None:
     Call it before evaluating or saving: in training every rank's statistics are of its own shard. Whole-number buffers
     (num_batches_tracked) are left alone.
 
+    comm: None is `jointspar.comm.world()`. Where the optimizer has a transport of its own, as with on_failure="shrink",
+    give comm=optimizer.comm, which is that of the ranks that are left.
     Raises: DesyncError where the ranks' buffers differ in number, shape or dtype, or another rank does something else.
     """
     comm = comm if comm is not None else comm_module.world()

@@ -11,10 +11,16 @@ Headers are fixed-size int64 rows that every rank sends to every rank on a commu
 Why ranks that diverge still meet. Each rank emits one sequence of headers, and the n-th header of one rank meets the
 n-th header of every other: up to the first difference all ranks had the same n - 1 before it. All headers name their
 operation, and their size follows from the hellos before them (the largest that any optimizer on the transport needs,
-whatever layouts the next hello brings), so whichever two meet, each is read whole and the difference is seen: a rank
-that waits for the plan of step 12 and one that finishes first both complete that plan, then meet as "step 12 exchange"
-against "finish". All ranks judge the same gathered rows by the same rules, hence all raise or none does, and no rank
-is left behind in a payload. A rank that sends nothing any more is a matter of the transport's deadline.
+whatever layouts the next hello brings), so whichever two of these meet, each is read whole and the difference is seen:
+a rank that waits for the plan of step 12 and one that finishes first both complete that plan, then meet as "step 12
+exchange" against "finish". All ranks judge the same gathered rows by the same rules, hence all raise or none does, and
+no rank is left behind in a payload. A rank that sends nothing any more is a matter of the transport's deadline.
+
+Rows of other sizes travel here too, without a head: when a difference between hellos is explained, when exchanges are
+chosen and measured, when CUDA memory is agreed on, and when the ranks that are left share their state. A rank that
+leaves the construction of an optimizer half-way, by an exception that it alone meets and catches, sends its next header
+while the others send such rows. No DesyncError names that: the library below reports a message of another size, or ends
+the process.
 """
 
 from __future__ import annotations

@@ -174,6 +174,7 @@ class MpiTransport(ProcessTransport):
 
         Can be called again where it raised RanksLost, since more were lost meanwhile.
         Raises JointSparError where on_failure is not "shrink".
+        From its exit handler on the process has 20 s to end: handlers that the program registered before take part.
         """
         if self._options.on_failure != "shrink":
             raise JointSparError("only a transport made with on_failure='shrink' goes on without the ranks that died")
@@ -312,7 +313,7 @@ def mpi(
     """The ranks of an mpi4py communicator, COMM_WORLD by default; collective.
 
     timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300.
-    warn: seconds after which a wait is logged; None is JOINTSPAR_WARN, else 60.
+    warn: seconds after which a wait is logged, except for sums of CUDA memory; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
     of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an
     exit after a failed operation aborts, since MPI_Finalize would hang. "shrink" is "abort", but where other ranks
