@@ -1,5 +1,6 @@
 """What ranks run of which some die, while the others go on: means over those that are left. See tests/mpi."""
 
+import atexit
 import os
 import random
 import signal
@@ -158,3 +159,28 @@ def raise_on_one_rank():
         print(f"FAULT {time.time()}\n", end="", flush=True)
         raise ZeroDivisionError("the fault")
     comm.allreduce(torch.ones(3), what="step 2")
+
+
+def lose_a_rank_at_exit():
+    """The others wait there for it, in the agreement of an optimizer that nobody finished."""
+    say_when_all_is_done()
+    end_without_a_rank(build_optimizer(build_model(), comm=js.comm.mpi(on_failure="shrink")).comm)
+
+
+def lose_a_rank_after_the_finish():
+    """The same in the transport's own last header."""
+    say_when_all_is_done()
+    optimizer = build_optimizer(build_model(), comm=js.comm.mpi(on_failure="shrink"))
+    optimizer.finish()
+    end_without_a_rank(optimizer.comm)
+
+
+def say_when_all_is_done():
+    """In the exit handler that was registered first, so runs last."""
+    atexit.register(lambda: print("LEFT\n", end="", flush=True))
+
+
+def end_without_a_rank(comm):
+    if comm.rank == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -59,6 +59,13 @@ def test_a_transport_may_be_shrunk_while_buckets_travel(run_mortals):
     assert job.output.count("DONE") == 2 and job.code == 0, job.output
 
 
+@pytest.mark.parametrize("name", ["lose_a_rank_at_exit", "lose_a_rank_after_the_finish"])
+def test_a_rank_that_dies_while_all_leave_takes_no_other_along(run_mortals, name):
+    job = run_mortals(3, name)
+    assert job.output.count("LEFT") == 2 and "ends the job" not in job.output, job.output
+    assert job.code is not None and job.orphans == 0, job.output
+
+
 def test_an_exception_still_ends_the_whole_job(run_mortals):
     job = run_mortals(2, "raise_on_one_rank")
     assert job.code not in (0, None) and "ZeroDivisionError: the fault" in job.output, job.output

@@ -26,6 +26,7 @@ the process.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ import torch
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import NUM_FIXED, Op, Wish, describe, different_heads, new_header, reserve_words
 from jointspar.comm.transport import PEER_GRACE_SECONDS, PendingHeaders, Transport
-from jointspar.errors import DesyncError, JointSparError
+from jointspar.errors import DesyncError, JointSparError, RanksLost
 
 _MAX_SETTINGS = 64
 _MAX_LISTED_LAYERS = 4096
@@ -326,8 +327,11 @@ class Agreement:
         """A rank that leaves early meets the others here, so that they learn of it instead of waiting for it."""
         if os.getpid() != self._pid or self._transport.is_closed:
             return
+        self._transport.timeout = math.inf  # another rank may evaluate for long before it comes here
         try:
             self.finish()
+        except RanksLost:
+            self._transport.leave_alone()
         except JointSparError as error:
             if isinstance(error, DesyncError):
                 time.sleep(PEER_GRACE_SECONDS)

@@ -64,6 +64,9 @@ class LocalTransport:
     def fail(self, reason: str) -> None:
         self._unusable = self._unusable or reason
 
+    def leave_alone(self) -> None:
+        """Changes nothing: a single process loses no other."""
+
     def abort(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -35,6 +35,7 @@ _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside 
 _BACKGROUND_SLEEP = 2e-3  # between polls while this process computes: each takes some of its time
 _OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (btl_tcp_eager_limit)
 _FINALIZE_SECONDS = 20.0
+_NO_END = "rank {}: all is done, but MPI does not end"
 _DROP_SECONDS = 1.0  # for what other ranks' revoking ends, too
 _SHRINK_VARIABLE = "OMPI_MCA_mpi_ft_enable"  # set by `mpirun --with-ft ulfm`
 
@@ -52,6 +53,7 @@ class MpiTransport(ProcessTransport):
             library="MPI",
             name=f"mpi: {library_version(mpi_module)}",
             rank=communicator.Get_rank(),
+            world_rank=mpi_module.COMM_WORLD.Get_rank(),
             world_size=communicator.Get_size(),
             options=options,
         )
@@ -64,7 +66,8 @@ class MpiTransport(ProcessTransport):
         if "Open MPI" in self.name:  # the answer shares a connection with the data of the other direction
             self.eager_bytes = _OPEN_MPI_EAGER_BYTES
         try:
-            self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
+            with self._failing("start"):
+                self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
         except RanksLost:
             self._mark_closed()
             raise
@@ -82,10 +85,10 @@ class MpiTransport(ProcessTransport):
         own = check_words(words)
         rows = np.empty((self.world_size, own.size), dtype=np.int64)
         int64 = self._mpi.INT64_T
-        record = self.recorder.start(what, "header", own.nbytes)
-        request = self._call(what, self._headers.Iallgather, [own, own.size, int64], [rows, own.size, int64])
+        pending = _Pending(self, (own, rows), self.recorder.start(what, "header", own.nbytes))
+        pending.start(self._headers.Iallgather, [own, own.size, int64], [rows, own.size, int64])
         self.bytes_sent += own.nbytes * (self.world_size - 1)
-        return _PendingHeaders(_Pending(self, [request], (own, rows), record), rows)
+        return _PendingHeaders(pending, rows)
 
     def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
         if not self.can_allreduce(buffer.dtype):
@@ -97,13 +100,11 @@ class MpiTransport(ProcessTransport):
         memory = self._memory(buffer, what).view(buffer.detach().numpy().dtype)
         if self.world_size == 1:
             return
-        record = self.recorder.start(what, "allreduce", memory.nbytes)
-        requests = [
-            self._call(what, self._payload.Iallreduce, self._mpi.IN_PLACE, [chunk, chunk.size, datatype], self._mpi.SUM)
-            for chunk in _chunks(memory)
-        ]
+        pending = _Pending(self, buffer, self.recorder.start(what, "allreduce", memory.nbytes))
+        for chunk in _chunks(memory):
+            pending.start(self._payload.Iallreduce, self._mpi.IN_PLACE, [chunk, chunk.size, datatype], self._mpi.SUM)
         self.bytes_sent += memory.nbytes
-        _Pending(self, requests, buffer, record).wait()
+        pending.wait()
 
     def _allreduce_on_device(self, buffer: torch.Tensor, what: str) -> None:
         """By a blocking call: Open MPI crashes where a non-blocking one gets CUDA memory."""
@@ -152,11 +153,12 @@ class MpiTransport(ProcessTransport):
         memory = self._memory(buffer, what)
         self._check_rank(root, "root")
         byte = self._mpi.BYTE
-        record = self.recorder.start(what, f"broadcast from rank {root}", memory.nbytes)
-        requests = [self._call(what, self._payload.Ibcast, [c, c.size, byte], root) for c in _chunks(memory)]
+        pending = _Pending(self, buffer, self.recorder.start(what, f"broadcast from rank {root}", memory.nbytes))
+        for chunk in _chunks(memory):
+            pending.start(self._payload.Ibcast, [chunk, chunk.size, byte], root)
         if self.rank == root and self.world_size > 1:
             self.bytes_sent += memory.nbytes
-        _Pending(self, requests, buffer, record).wait()
+        pending.wait()
 
     def close(self) -> None:
         """Free the communicators, together with all other ranks."""
@@ -172,9 +174,9 @@ class MpiTransport(ProcessTransport):
     def shrink(self) -> MpiTransport:
         """The transport of the ranks that are left; this one is closed then. Collective among them.
 
+        From its exit handler on the process has 20 s to end: handlers that the program registered before take part.
         Can be called again where it raised RanksLost, since more were lost meanwhile.
         Raises JointSparError where on_failure is not "shrink".
-        From its exit handler on the process has 20 s to end: handlers that the program registered before take part.
         """
         if self._options.on_failure != "shrink":
             raise JointSparError("only a transport made with on_failure='shrink' goes on without the ranks that died")
@@ -187,12 +189,17 @@ class MpiTransport(ProcessTransport):
             call_with_deadline(self, lambda: survivors.append(self._parent.Shrink()), what="shrink")
         survivors[0].Set_errhandler(self._mpi.ERRORS_RETURN)
         # After the successor has met the others. Open MPI's finalising hangs in one of twenty jobs that lost a rank.
-        atexit.register(end_within, _FINALIZE_SECONDS, f"rank {self.rank}: all is done, but MPI does not end")
+        atexit.register(end_within, _FINALIZE_SECONDS, _NO_END.format(self.rank))
         successor = MpiTransport(self._mpi, survivors[0], self._options)
         successor.bytes_sent = self.bytes_sent
         self.successor = successor
         self._mark_closed()
         return successor
+
+    def leave_alone(self) -> None:
+        self._drop_requests()
+        super().leave_alone()
+        end_within(_FINALIZE_SECONDS, _NO_END.format(self.rank))
 
     def _drop_requests(self) -> None:
         """What is under way on revoked communicators ends with errors, once it is looked at; MPI would wait at exit."""
@@ -227,9 +234,10 @@ class MpiTransport(ProcessTransport):
         memory = self._memory(buffer, what)
         self._check_rank(rank, "rank")
         byte = self._mpi.BYTE
-        record = self.recorder.start(what, op, memory.nbytes)
-        requests = [self._call(what, operation, [c, c.size, byte], rank, tag) for c in _chunks(memory)]
-        return _Pending(self, requests, buffer, record)
+        pending = _Pending(self, buffer, self.recorder.start(what, op, memory.nbytes))
+        for chunk in _chunks(memory):
+            pending.start(operation, [chunk, chunk.size, byte], rank, tag)
+        return pending
 
     def _is_shut_down(self) -> bool:
         return bool(self._mpi.Is_finalized())
@@ -266,14 +274,22 @@ class MpiTransport(ProcessTransport):
 
 
 class _Pending:
-    """Requests and the memory that they read or write, kept together until all are done."""
+    """Requests and the memory that they read or write, kept together until all are done.
 
-    def __init__(self, transport: MpiTransport, requests: list[Any], buffers: object, record: Record) -> None:
+    It is kept from before the first request, so that no interrupt leaves MPI with memory that nobody holds.
+    """
+
+    def __init__(self, transport: MpiTransport, buffers: object, record: Record) -> None:
         self._transport = transport
-        self._requests = requests
+        self._requests: list[Any] = []
         self._buffers = buffers
         self._record = record
         _in_flight.add(self)
+
+    def start(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        """Hand MPI one more operation, on memory of these buffers."""
+        with self._transport._failing(self._record.what):
+            self._requests.append(self._transport._call(self._record.what, operation, *arguments))
 
     def done(self) -> bool:
         if self in _in_flight:
@@ -285,11 +301,8 @@ class _Pending:
     def wait(self) -> None:
         if self.done():
             return
-        try:
+        with self._transport._failing(self._record.what):  # an interrupt too leaves the operation half-way
             self._transport._wait(self._requests, self._record.what)
-        except BaseException as error:  # an interrupt too leaves the operation half-way
-            self._transport.fail(f"{self._record.what} was left by {type(error).__name__}")
-            raise
         self._finish()
 
     def _finish(self) -> None:
@@ -329,7 +342,20 @@ def mpi(
         raise JointSparError("on_failure='shrink' needs Open MPI 5 or later, started as `mpirun --with-ft ulfm -n N`")
     check_running(mpi_module)
     world = mpi_module.COMM_WORLD if communicator is None else communicator
+    if world == mpi_module.COMM_NULL:  # what Split and Create give to ranks outside
+        raise JointSparError("this process is not in the given communicator")
     return MpiTransport(mpi_module, world, options)
+
+
+def check_running(mpi_module: ModuleType) -> None:
+    """Raises JointSparError where MPI is not initialised, or finalised: most calls would end the process."""
+    if not is_running(mpi_module):
+        raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
+
+
+def is_running(mpi_module: ModuleType) -> bool:
+    """Whether MPI is initialised and not yet finalised."""
+    return mpi_module.Is_initialized() and not mpi_module.Is_finalized()
 
 
 def _outlives_ranks(mpi_module: ModuleType) -> bool:
@@ -343,22 +369,9 @@ def _lost_classes(mpi_module: ModuleType) -> tuple[int, ...]:
 
 
 def load_mpi() -> ModuleType:
-    if world == mpi_module.COMM_NULL:  # what Split and Create give to ranks outside
-        raise JointSparError("this process is not in the given communicator")
     """mpi4py.MPI; importing it starts MPI. Raises JointSparError that says what to install."""
     try:
         from mpi4py import MPI
-def check_running(mpi_module: ModuleType) -> None:
-    """Raises JointSparError where MPI is not initialised, or finalised: most calls would end the process."""
-    if not is_running(mpi_module):
-        raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
-
-
-def is_running(mpi_module: ModuleType) -> bool:
-    """Whether MPI is initialised and not yet finalised."""
-    return mpi_module.Is_initialized() and not mpi_module.Is_finalized()
-
-
     except (ImportError, RuntimeError) as error:
         raise JointSparError(
             f"mpi4py cannot be loaded ({error}): install it beside the MPI that launches, "

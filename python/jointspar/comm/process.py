@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from jointspar.comm.failure import abort_on_uncaught
@@ -17,7 +18,7 @@ from jointspar.comm.recorder import Recorder
 from jointspar.comm.refusals import CheckedTransport
 from jointspar.comm.transport import PEER_GRACE_SECONDS
 from jointspar.comm.watchdog import watched
-from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError
+from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError, RanksLost
 
 _ABORT_SECONDS = 5.0  # for an abort, before the watchdog ends the process without one
 
@@ -39,9 +40,12 @@ class ProcessTransport(CheckedTransport):
     process ends at exit instead of finalising the library, which would wait for ever.
     """
 
-    def __init__(self, *, library: str, name: str, rank: int, world_size: int, options: Options) -> None:
+    def __init__(
+        self, *, library: str, name: str, rank: int, world_rank: int, world_size: int, options: Options
+    ) -> None:
+        """world_rank: the launcher's number of this process; rank: that among the ranks of this transport."""
         super().__init__(library=library, name=name, rank=rank, world_size=world_size, timeout=options.timeout)
-        self.recorder = Recorder(rank)
+        self.recorder = Recorder(rank, world_rank)
         self._warn_seconds = options.warn
         atexit.register(self._leave)
         if options.on_failure != "raise" and world_size > 1:
@@ -67,6 +71,15 @@ class ProcessTransport(CheckedTransport):
 
     def _release(self) -> None:
         """Let go of what the library made for this transport, while the interpreter is whole."""
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Around what leaves the transport unusable where any exception leaves it, an interrupt too."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(f"{what} was left by {type(error).__name__}")
+            raise
 
     def _mark_closed(self) -> None:
         super()._mark_closed()
@@ -110,6 +123,8 @@ class ProcessTransport(CheckedTransport):
         self.timeout = math.inf  # others may have work left that needs no messages; finalising would wait for them too
         try:
             leave(self)  # type: ignore[arg-type]
+        except RanksLost:
+            self.leave_alone()
         except JointSparError as error:
             if isinstance(error, DesyncError):
                 time.sleep(PEER_GRACE_SECONDS)

@@ -32,10 +32,13 @@ class Record:
 
 
 class Recorder:
-    """Keeps the last 32 operations of a rank; `dump` shows them once."""
+    """Keeps the last 32 operations of a rank; `dump` shows them once.
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    rank: among the ranks of the transport. world_rank: the launcher's, which no other process of the job has.
+    """
+
+    def __init__(self, rank: int, world_rank: int) -> None:
+        self._rank, self._world_rank = rank, world_rank
         self._records: deque[Record] = deque(maxlen=NUM_KEPT)
         self._is_dumped = False
 
@@ -52,7 +55,7 @@ class Recorder:
         ]
 
     def dump(self, reason: str) -> None:
-        """To stderr, and to JOINTSPAR_FAILURE_DIR/rank-R.json where that folder is named."""
+        """To stderr, and to JOINTSPAR_FAILURE_DIR/rank-R.json, R the launcher's, where that folder is named."""
         if self._is_dumped or not self._records:
             return
         self._is_dumped = True
@@ -78,5 +81,5 @@ class Recorder:
             }
             for record in list(self._records)
         ]
-        content = {"rank": self._rank, "reason": reason, "operations": operations}
-        (folder / f"rank-{self._rank}.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"rank": self._rank, "world_rank": self._world_rank, "reason": reason, "operations": operations}
+        (folder / f"rank-{self._world_rank}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -55,6 +55,9 @@ class CheckedTransport:
     def fail(self, reason: str) -> None:
         self._failure = self._failure or reason
 
+    def leave_alone(self) -> None:
+        self._mark_closed()
+
     def abort(self, message: str) -> None:
         raise NotImplementedError
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -45,15 +46,20 @@ class TorchTransport(ProcessTransport):
     """Operations among the ranks of a torch.distributed group; see `Transport` and `torch_dist`."""
 
     def __init__(self, group: Any, options: Options) -> None:
+        self._world = ref(dist.group.WORLD)  # weak: a group ends its threads when nothing refers to it
         ranks = sorted(dist.get_process_group_ranks(group))  # the order of new groups, whatever the given one has
         super().__init__(
             library="torch.distributed",
             name="torch.distributed: gloo",
             rank=ranks.index(dist.get_rank()),
+            world_rank=dist.get_rank(),
             world_size=len(ranks),
             options=options,
         )
-        self._headers, self._payload = self._private_group(ranks), self._private_group(ranks)
+        self._headers: Any = None  # until it is made: an exit may come before
+        self._payload: Any = None
+        with self._failing("start"):
+            self._headers, self._payload = self._private_group(ranks), self._private_group(ranks)
         self._summed = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64))
 
     def _private_group(self, ranks: list[int]) -> Any:
@@ -135,7 +141,8 @@ class TorchTransport(ProcessTransport):
         return _Message(self, work, memory, record)
 
     def _is_shut_down(self) -> bool:
-        return not dist.is_initialized()
+        """Also where torch.distributed was destroyed and initialised again: our groups went with the first one."""
+        return not dist.is_initialized() or dist.group.WORLD is not self._world()
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         began = time.monotonic()

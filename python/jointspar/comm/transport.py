@@ -91,6 +91,9 @@ class Transport(Protocol):
     def fail(self, reason: str) -> None:
         """Refuse all further use, because an exchange was left unfinished; the first reason is kept."""
 
+    def leave_alone(self) -> None:
+        """At exit, after RanksLost: let the process end without meeting the ranks that are left."""
+
     def abort(self, message: str) -> None:
         """End the whole job at once with a non-zero exit code."""
 
