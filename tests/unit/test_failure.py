@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from jointspar.comm import failure
+from jointspar.comm import failure, watchdog
+from jointspar.comm.process import Options, ProcessTransport
 from jointspar.comm.refusals import CheckedTransport
 
 
@@ -53,3 +55,29 @@ def test_a_closed_transport_ends_nothing_while_there_is_another() -> None:
     closed._mark_closed()
     sys.excepthook(ValueError, ValueError("elsewhere"), None)
     assert (closed.messages, other.messages) == ([], ["uncaught ValueError"])
+
+
+class Ending(ProcessTransport):
+    """Its abort would return."""
+
+    def _is_shut_down(self) -> bool:
+        return False
+
+    def _end_job(self) -> None:
+        """Does nothing."""
+
+
+@pytest.mark.parametrize(("aborts", "seconds"), [(True, 5.0), (False, 300.0 + watchdog.GRACE_SECONDS)])
+def test_an_abort_gets_no_grace_and_a_wait_does(monkeypatch: pytest.MonkeyPatch, aborts: bool, seconds: float) -> None:
+    watched: list[float] = []
+    fake = SimpleNamespace(start_watch=lambda seconds, _: watched.append(seconds), end_watch=lambda _: None)
+    monkeypatch.setattr(watchdog, "_core", fake)
+    options = Options(timeout=300.0, warn=60.0, on_failure="raise")
+    transport = Ending(library="", name="ending", rank=0, world_rank=0, world_size=2, options=options)
+    transport._mark_closed()  # its exit is not that of this process
+    if aborts:
+        transport.abort("test")
+    else:
+        with transport._watch("test"):
+            pass
+    assert watched == [seconds]

@@ -52,7 +52,7 @@ class ProcessTransport(CheckedTransport):
             abort_on_uncaught(self)  # before the first operation that could fail
 
     def abort(self, message: str) -> None:
-        with watched(_ABORT_SECONDS, f"rank {self.rank} leaves by _exit: its abort did not end"):
+        with watched(_ABORT_SECONDS, f"rank {self.rank} leaves by _exit: its abort did not end", grace=0.0):
             try:
                 print(f"jointspar: rank {self.rank} ends the job: {message}", file=sys.stderr)
                 self.recorder.dump(message)

@@ -22,12 +22,15 @@ GRACE_SECONDS = 10.0  # beyond a transport's own deadline, which comes first whe
 
 
 @contextmanager
-def watched(seconds: float, message: str) -> Iterator[None]:
-    """End the process, with the message, where the block lasts longer than `seconds` and the grace."""
+def watched(seconds: float, message: str, *, grace: float | None = None) -> Iterator[None]:
+    """End the process, with the message, where the block lasts longer than `seconds` and the grace.
+
+    grace: seconds; None is GRACE_SECONDS, for blocks that have a deadline of their own.
+    """
     if _core is None:
         yield
         return
-    watch = _core.start_watch(seconds + GRACE_SECONDS, f"jointspar: {message}\n")
+    watch = _core.start_watch(seconds + (GRACE_SECONDS if grace is None else grace), f"jointspar: {message}\n")
     try:
         yield
     finally:
