@@ -197,6 +197,9 @@ class MpiTransport(ProcessTransport):
         return successor
 
     def leave_alone(self) -> None:
+        """See `Transport`. A rank that works on alone for longer than 20 s from here is ended too: by mpirun, since the
+        ranks that wait for it in MPI's end have left by then.
+        """
         self._drop_requests()
         super().leave_alone()
         end_within(_FINALIZE_SECONDS, _NO_END.format(self.rank))
