@@ -82,6 +82,7 @@ def build(architectures: str) -> None:
         f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
         f"-DJOINTSPAR_CUDA_ARCHITECTURES={architectures}",
         "-DJOINTSPAR_CUDA_EXT=1",
+        "-DJOINTSPAR_WERROR=ON",
     ]
     if shutil.which("ninja"):
         options += ["-G", "Ninja"]
