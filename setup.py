@@ -75,7 +75,8 @@ def run(command: list[str]) -> None:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(
-            f"{error}\nThe kernels could not be compiled. JOINTSPAR_CUDA_EXT=0 leaves those for GPUs out; with "
+            f"{error}\nThe kernels could not be compiled. With JOINTSPAR_WERROR=1, as `make test` sets it, warnings "
+            "are errors (make WERROR=0 test). JOINTSPAR_CUDA_EXT=0 leaves those for GPUs out; with "
             "JOINTSPAR_BUILD_NATIVE=0 nothing is compiled, and numba or NumPy serve (pip install 'jointspar[numba]')."
         ) from None
 

@@ -2,7 +2,7 @@
 
 For each operation, size, dtype and number of threads, every variant is checked against float64; then the variants
 alternate in one process. Prints a table for each, and writes <date>-ops.json and .png into --out; a second run of the
-same operations on the same day replaces them.
+same command on the same day replaces them.
 """
 
 from __future__ import annotations

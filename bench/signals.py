@@ -15,6 +15,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)  # beside SIGINT, which Python raises b
 def as_exits() -> Iterator[None]:
     """SIGTERM and SIGHUP (a terminal that is gone) as SystemExit, so that `finally` comes to its right.
 
+    What is ignored (nohup) stays so.
     Raises RuntimeError outside of the main thread, where no handler can be set.
     """
 
@@ -23,7 +24,8 @@ def as_exits() -> Iterator[None]:
 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("in the main thread only: elsewhere a signal would leave behind what was started")
-    before = {number: signal.signal(number, leave) for number in ENDING}
+    numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:

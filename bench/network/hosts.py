@@ -138,8 +138,9 @@ class Hosts:
             finally:
                 _kill_all_in(self.name)
                 for process in processes:
-                    with suppress(ProcessLookupError):  # one that has not come to its namespace yet
-                        os.killpg(process.pid, signal.SIGKILL)
+                    if process.poll() is None:  # it has not come to its namespace yet
+                        with suppress(ProcessLookupError):
+                            os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             output.seek(0)
             printed = output.read()

@@ -171,6 +171,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
             raise
 
     def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
+        self._pipeline.backward.check_owner()
         _check_kind("closure", closure, "a function", closure is None or callable(closure))
         if max_norm is not None and self._exchanged is not None:
             raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
@@ -224,7 +225,10 @@ class JointSparOptimizer(torch.optim.Optimizer):
         return nullcontext() if early is None else early.paused()
 
     def release(self) -> None:
-        """Give `requires_grad` of all parameters back as it was found (or as the user set it since)."""
+        """Give `requires_grad` of all parameters back as it was found (or as the user set it since).
+
+        The next `step()` takes it again.
+        """
         self._pipeline.backward.release()
 
     def set_trainable(self, parameters: Iterable[torch.Tensor], trainable: bool) -> None:
@@ -357,6 +361,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         Freezes and thaws parameters as they were then; `set_trainable` afterwards changes that.
         Raises ValueError for a state of other parameters or layers; nothing was changed then.
         """
+        self._pipeline.backward.check_owner()
         self.check_state_dict(state_dict)
         loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
         super().load_state_dict(state_dict)

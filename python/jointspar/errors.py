@@ -27,10 +27,10 @@ class CheckpointError(JointSparError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
-def warn_user(message: str) -> None:
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called into this package, through torch where torch calls it."""
-    level, frame = 1, sys._getframe()
-    outer: FrameType | None = frame
+    level = 2
+    outer: FrameType | None = sys._getframe(1)
     while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] in ("jointspar", "torch"):
         level, outer = level + 1, outer.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

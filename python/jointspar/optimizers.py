@@ -25,9 +25,9 @@ class JointSparLARS(JointSparOptimizer):
     Collective: every rank builds it with the same arguments, of the bare model (DistributedDataParallel around it would
     wait for gradients that are not computed), where it will stay (after `model.to`). Rank 0's weights go to all ranks,
     those that are given here; buffers and parameters left out are the user's to make alike. Toggles requires_grad of
-    the parameters until `release()`; a copy of the model that is made meanwhile has the flags of that moment. Kernels
-    write parameters in place, and momenta, which `state` shows: zero them there to begin anew. An active parameter
-    without a gradient has one of zeros, so that momentum and weight decay move it.
+    the parameters (`release()` gives it back until the next step); a copy of the model that is made meanwhile has the
+    flags of that moment. Kernels write parameters in place, and momenta, which `state` shows: zero them there to begin
+    anew. An active parameter without a gradient has one of zeros, so that momentum and weight decay move it.
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 import compare
+import signals
 import steps
-from jobs import find_launcher, run_job
+from jobs import environment, find_launcher, run_job
 from results import SCHEMA, STEP_SCHEMA
 from step import jobs as step_jobs
 from step.methods import METHODS, PHASES, Laps
@@ -163,6 +164,7 @@ def test_job_that_cannot_run_is_reported(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_job_too(tmp_path: Path, number: int) -> None:
     """The launcher is a stand-in that writes its process number and sleeps."""
@@ -172,9 +174,7 @@ def test_a_signal_ends_the_job_too(tmp_path: Path, number: int) -> None:
     launcher.chmod(0o755)
     program = f"import steps; from step import jobs; jobs.find_launcher = lambda: {str(launcher)!r}; "
     program += f"steps.main(['--quick', '--out', {str(tmp_path)!r}])"
-    folders = [str(Path(steps.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
-    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(), stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "started").exists():
@@ -188,6 +188,18 @@ def test_a_signal_ends_the_job_too(tmp_path: Path, number: int) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.as_exits():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(SystemExit):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_method_that_is_named_twice_is_measured_once() -> None:

@@ -127,7 +127,7 @@ print(f"of {js.comm.world().world_size}\\n", end="", flush=True)
 INITIALISED_LATER = """
 import os, jointspar as js, torch.distributed as dist
 assert js.comm.world().world_size == 1
-address = "tcp://127.0.0.1:" + os.environ["MASTER_PORT"]
+address = "file://" + os.environ["MEETING_FILE"]
 rank = 1 if os.fork() == 0 else 0
 dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
 print(f"of {js.comm.world().world_size}\\n", end="", flush=True)
@@ -147,7 +147,8 @@ def run_alone(patch, script):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("script", [AFTER_A_FORK, INITIALISED_LATER])
-def test_processes_that_meet_after_the_first_call_find_each_other(plain_process, script):
+def test_processes_that_meet_after_the_first_call_find_each_other(plain_process, script, tmp_path):
+    plain_process.setenv("MEETING_FILE", str(tmp_path / "meeting"))
     ended = run_alone(plain_process, script)
     assert (ended.returncode, ended.stdout) == (0, "of 2\nof 2\n"), ended.stderr
 

@@ -137,3 +137,18 @@ def test_reentrant_checkpointing_is_refused_and_the_other_kind_works():
         else:
             loss.backward()
             assert [parameter.grad is not None for parameter in parameters] == [True, False, True]
+
+
+def test_a_step_without_backward_says_nothing_about_what_a_loss_depends_on():
+    model, parameters = make()
+    backward = ActiveBackward(parameters)
+    for wanted in ([True, True, True], [True, False, False]):
+        backward.activate(np.array(wanted))
+        backward.observe()  # nobody called backward
+    backward.activate(np.array([True, False, False]))
+    assert flags(parameters) == [True, False, False]  # no other was needed
+    backward.release()
+    model(torch.randn(5, 2)).sum().backward()
+    backward.observe()
+    backward.activate(np.array([False, True, False]))
+    assert flags(parameters) == [False, True, False]

@@ -69,12 +69,29 @@ def test_of_two_optimizers_on_a_parameter_the_later_one_steps():
     first = js.JointSparSGD(model.named_parameters(), sampling=js.Sampling(budget=0.5))
     second = js.JointSparSGD(model[:2].named_parameters(), sampling=js.Sampling(budget=0.5))
     backward(model)
-    with pytest.raises(JointSparError, match="another optimizer"):
-        first.step()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    uses = (first.step, first.synchronize, lambda: first.load_state_dict(first.state_dict()),
+            lambda: first.set_trainable([model[0].weight], False))  # fmt: skip
+    for use in uses:
+        with pytest.raises(JointSparError, match="another optimizer"):
+            use()
     first.release()
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
     second.step()
     second.release()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_optimizer_that_could_not_be_built_takes_the_place_of_none():
+    model = make_model()
+    first = js.JointSparSGD(model.named_parameters(), sampling=ALL)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        js.JointSparSGD(model[3].named_parameters())
+    model.requires_grad_(True)
+    first.set_trainable(model.parameters(), True)
+    backward(model)
+    first.step()
 
 
 @pytest.mark.parametrize("overlap", [False, True])

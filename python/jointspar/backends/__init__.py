@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from types import ModuleType
 from typing import Any
 
 from jointspar.backends.on_device import OnDevice
 from jointspar.device_arrays import Place
+from jointspar.errors import warn_user
 
 # Modules by backend: of this package for arrays on the CPU; for CUDA arrays, what OnDevice calls.
 _MODULES = {name: f"{__name__}.{module}" for name, module in (
@@ -85,7 +85,7 @@ def _warn_if_broken(name: str, error: ImportError) -> None:
     is_missing = isinstance(error, ModuleNotFoundError) and error.name in _MAY_BE_MISSING
     if not is_missing and name not in _warned:
         _warned.add(name)
-        warnings.warn(f"the backend {name!r} does not load, another is used: {error}", RuntimeWarning, stacklevel=3)
+        warn_user(f"the backend {name!r} does not load, another is used: {error}", RuntimeWarning)
 
 
 def _import(module: str) -> ModuleType:

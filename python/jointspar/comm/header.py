@@ -327,8 +327,9 @@ class Agreement:
         """A rank that leaves early meets the others here, so that they learn of it instead of waiting for it."""
         if os.getpid() != self._pid or self._transport.is_closed:
             return
-        self._transport.timeout = math.inf  # another rank may evaluate for long before it comes here
         try:
+            self._transport.take_back()  # what is under way has its deadline
+            self._transport.timeout = math.inf  # another rank may evaluate for long before it comes here
             self.finish()
         except RanksLost:
             self._transport.leave_alone()

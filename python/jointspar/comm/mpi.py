@@ -328,7 +328,8 @@ def mpi(
 ) -> MpiTransport:
     """The ranks of an mpi4py communicator, COMM_WORLD by default; collective.
 
-    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300.
+    timeout: seconds that one wait may last, but for that at exit for ranks that still work alone; None is
+        JOINTSPAR_TIMEOUT from the environment, else 300.
     warn: seconds after which a wait is logged, except for sums of CUDA memory; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
     of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an

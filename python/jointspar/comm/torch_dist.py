@@ -241,7 +241,8 @@ def torch_dist(
     Makes two gloo groups of its own, whatever backend `group` has. Where torch.distributed is not initialised, it is,
     with gloo and the launcher's variables, and shut down at exit.
 
-    timeout: seconds that one wait may last; None is JOINTSPAR_TIMEOUT from the environment, else 300.
+    timeout: seconds that one wait may last, but for that at exit for ranks that still work alone; None is
+        JOINTSPAR_TIMEOUT from the environment, else 300.
     warn: seconds after which a wait for a header or collective is logged; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends this process, non-zero, when an uncaught exception leaves it or a JointSparError one of its
     threads: torchrun then ends the other ranks, and without it they see the connection closed. "raise" leaves

@@ -20,7 +20,7 @@ _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the ActiveBack
 
 
 class ActiveBackward:
-    """Owns requires_grad of an optimizer's parameters between its construction and `release`.
+    """Owns requires_grad of an optimizer's parameters from its construction on; `release` gives it back until a step.
 
     `trainable` (bool [num_parameters]) is what the user wants trained. A flag that differs from what was set here was
     changed by the user: `observe` honours it. A parameter of an inactive layer already has the flag off, so freezing it
@@ -30,16 +30,16 @@ class ActiveBackward:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        for parameter in parameters:
-            owner = _owners[parameter]() if parameter in _owners else None
-            if owner is not None:
-                owner.release()
-                owner._is_superseded = True
+        owners = [_owners[parameter]() for parameter in parameters if parameter in _owners]
+        before = [owner for owner in owners if owner is not None]
+        for owner in before:
+            owner.release()
         self._is_superseded = False
         self._parameters = parameters
         self.trainable = np.array([parameter.requires_grad for parameter in parameters], dtype=bool)
         self._trainable_before = self.trainable.copy()  # when the iteration under way began
         self._as_set = self.trainable.copy()
+        self._as_activated = self.trainable.copy()  # the same, but for what the user and `release` set since
         self._fallback = len(parameters) - 1
         self._is_reached = self.trainable.copy()  # whether every loss so far depended on it, as far as is known
         self._note: weakref.WeakMethod[Callable[[int], None]] | None = None
@@ -47,6 +47,8 @@ class ActiveBackward:
         self._has_warned = False
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
+        for owner in before:
+            owner._is_superseded = True
         for parameter in parameters:
             _owners[parameter] = weakref.ref(self)
             if parameter.requires_grad:
@@ -58,6 +60,11 @@ class ActiveBackward:
     def updatable(self) -> np.ndarray:
         """bool [num_parameters]: trainable now, and when the iteration under way began."""
         return self.trainable & self._trainable_before
+
+    def check_owner(self) -> None:
+        """Raises JointSparError after another was built: each would take what the other sets for the user's wish."""
+        if self._is_superseded:
+            raise JointSparError("another optimizer was built on these parameters since: only that one can be used")
 
     def watch(self, note: weakref.WeakMethod[Callable[[int], None]]) -> None:
         """Call note()(position) where a backward has accumulated a parameter's gradient."""
@@ -71,8 +78,7 @@ class ActiveBackward:
 
     def observe_flags(self) -> None:
         """The first half of `observe`, which may come before the last gradient."""
-        if self._is_superseded:  # each would take what the other sets for the user's wish
-            raise JointSparError("another optimizer was built on these parameters since: only that one can step")
+        self.check_owner()
         found = np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
         changed = found != self._as_set
         if not self._has_warned and (changed & found & self._trainable_before).any():
@@ -87,12 +93,16 @@ class ActiveBackward:
     def observe_grads(self) -> None:
         """The second half, after backward."""
         has_grad = np.array([parameter.grad is not None for parameter in self._parameters], dtype=bool)
-        self._is_reached[self._as_set] &= has_grad[self._as_set]
+        if not has_grad.any():  # no backward in this step
+            return
+        could_have = self._as_set & self._as_activated
+        self._is_reached[could_have] &= has_grad[could_have]
         candidates = has_grad & self._is_reached if (has_grad & self._is_reached).any() else has_grad
-        self._fallback = int(np.flatnonzero(candidates)[-1]) if has_grad.any() else self._fallback
+        self._fallback = int(np.flatnonzero(candidates)[-1])
 
     def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
         """Freeze or thaw parameters, active or not."""
+        self.check_owner()
         self.trainable[list(positions)] = trainable
 
     def activate(self, wanted: np.ndarray) -> None:
@@ -102,13 +112,14 @@ class ActiveBackward:
         the last trainable parameter that had one whenever it could stays differentiable, so that the user's
         `loss.backward()` works; its gradient is discarded. Before a head was left out nothing is known of it.
         """
+        self.check_owner()
         flags = wanted & self.trainable
         if not (flags & self._is_reached).any() and self.trainable.any():
             fallback = self._fallback if self.trainable[self._fallback] else np.flatnonzero(self.trainable)[-1]
             flags[fallback] = True
         for index in np.flatnonzero(flags != self._as_set).tolist():
             self._parameters[index].requires_grad_(bool(flags[index]))
-        self._as_set[:] = flags
+        self._as_set[:] = self._as_activated[:] = flags
         self._trainable_before[:] = self.trainable
         if self._note is not None:
             self._watch_differentiable()

@@ -67,7 +67,7 @@ class Packer:
     def check_parameters(self) -> None:
         """Raises JointSparError for a parameter that was moved or converted since this was built."""
         pointers = [parameter.data_ptr() for parameter in self._parameters]
-        if pointers == self._pointers:  # nearly always, and whatever moves or converts a tensor changes it
+        if pointers == self._pointers:  # nearly always; what `model.to` moves or converts has another
             return
         for name, parameter, kind in zip(self._names, self._parameters, self._kinds, strict=True):
             if _kind(parameter) != kind:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import jointspar
+from jointspar import backends
 from jointspar.training.launch import usable_cores
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -26,7 +27,7 @@ def circumstances() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "backend": jointspar.ops.backend().__name__.rpartition(".")[2],
+        "backend": backends.name_of(jointspar.ops.backend()),  # of arrays on the CPU
         "commit": commit(),
     }
 
