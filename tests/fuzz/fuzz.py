@@ -116,6 +116,7 @@ class Answering:
     """A transport whose other rank sends what `answer` makes of this rank's words."""
 
     is_closed = True  # nothing to finish at exit
+    is_simulated = False
     rank, world_size = 0, 2
 
     def __init__(self, answer: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -18,7 +18,7 @@ by_mpirun = pytest.mark.parametrize("launcher", ["mpirun"], indirect=True)  # as
 
 LR, NUM_ITERATIONS = 0.05, 3
 # Of a weight after three steps, relative to the norm of the tensor's change.
-DENSE = {"plain": 1e-4, "jointspar_1.0": 1e-4, "ddp": 1e-4, "ddp_bf16": 2e-2, "ddp_fp16": 2e-3}
+DENSE = {"plain": 1e-4, "jointspar_1.0": 1e-4, "ddp": 1e-4, "ddp_4mb": 1e-4, "ddp_bf16": 2e-2, "ddp_fp16": 2e-3}
 
 
 def dense_lars(batches):
