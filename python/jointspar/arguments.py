@@ -45,6 +45,12 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_kind(name: str, value: object, expected: str, is_right: bool) -> None:
+    """Raises TypeError, naming the argument, where it is not what was expected."""
+    if not is_right:
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
 def per_tensor(name: str, value: Any, length: int, low: float = 0.0) -> np.ndarray:
     """float64 [length] from one number or one a tensor; finite and at least `low`."""
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):

@@ -12,16 +12,18 @@ import numpy as np
 import torch
 
 from jointspar import comm as comm_module
+from jointspar.arguments import check_kind
 from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.errors import JointSparError
 from jointspar.gradient_exchange import Exchanged
+from jointspar.optimizer_state import SavedOptimizer
 from jointspar.pipeline import Pipeline
 from jointspar.replicas import broadcast_parameters
 from jointspar.step.exchange import Costs, CustomExchange
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
-from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
+from jointspar.step.update import HyperParameters
 from jointspar.survivors import go_on_without
 from jointspar.telemetry import Stats, weight_grad_flops
 
@@ -30,12 +32,10 @@ Batch = TypeVar("Batch")
 _NO_BATCH: Any = object()
 
 
-class JointSparOptimizer(torch.optim.Optimizer):
+class JointSparOptimizer(SavedOptimizer):
     """A subclass names its hyperparameters and its update; see `jointspar.JointSparLARS`."""
 
     _step_supports_amp_scaling = True
-    _hyper_names: tuple[str, ...]
-    _update_type: type[LarsUpdate] | type[SgdUpdate]
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class JointSparOptimizer(torch.optim.Optimizer):
         if not isinstance(inactive, str) or inactive not in INACTIVE:
             raise ValueError(f"inactive: {inactive!r} is not one of {', '.join(INACTIVE)}")
         sampling = sampling if sampling is not None else Sampling()
-        _check_kind("sampling", sampling, "a jointspar.Sampling", isinstance(sampling, Sampling))
-        _check_kind("comm", comm, "a transport of jointspar.comm", comm is None or hasattr(comm, "start_headers"))
+        check_kind("sampling", sampling, "a jointspar.Sampling", isinstance(sampling, Sampling))
+        check_kind("comm", comm, "a transport of jointspar.comm", comm is None or hasattr(comm, "start_headers"))
         is_exchange = isinstance(exchange, str) or (callable(exchange) and hasattr(exchange, "agreed"))
-        _check_kind("exchange", exchange, "a name or a CustomExchange", is_exchange)
-        _check_kind("overlap", overlap, "True or False", isinstance(overlap, (bool, np.bool_)))
+        check_kind("exchange", exchange, "a name or a CustomExchange", is_exchange)
+        check_kind("overlap", overlap, "True or False", isinstance(overlap, (bool, np.bool_)))
         if overlap and not isinstance(exchange, str):
             raise ValueError("overlap: an exchange of your own takes all gradients at once; leave one of them out")
         groups, named = named_groups(params)
@@ -172,14 +172,14 @@ class JointSparOptimizer(torch.optim.Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
         self._pipeline.backward.check_owner()
-        _check_kind("closure", closure, "a function", closure is None or callable(closure))
+        check_kind("closure", closure, "a function", closure is None or callable(closure))
         if max_norm is not None and self._exchanged is not None:
             raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
         if closure is not None and self._exchanged is not None:
             raise ValueError("closure: the gradients were exchanged already; call step() without it")
         if getattr(self, "grad_scale", None) is not None and self._exchanged is not None:
             self._exchanged = None
-            self._pipeline.discard()
+            self._pipeline.exchange.discard()
             raise JointSparError(
                 "scaled gradients were exchanged: call scaler.unscale_(optimizer) before synchronize(). What was "
                 "exchanged is dropped; the step can be made again"
@@ -241,8 +241,8 @@ class JointSparOptimizer(torch.optim.Optimizer):
         if self._exchanged is not None:
             raise JointSparError("set_trainable: not between synchronize() and step()")
         position_of = {id(parameter): position for position, parameter in enumerate(self._parameters)}
-        _check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
-        _check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
+        check_kind("trainable", trainable, "True or False", isinstance(trainable, (bool, np.bool_)))
+        check_kind("parameters", parameters, "parameters", isinstance(parameters, Iterable))
         chosen = list(parameters)
         if any(id(parameter) not in position_of for parameter in chosen):
             raise ValueError("parameters: not all of them belong to this optimizer")
@@ -258,7 +258,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
         Raises: JointSparError where no step followed the last batch, DesyncError where ranks differ in their calls.
         """
         is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-        _check_kind("batches", batches, "something to iterate over", is_iterable)
+        check_kind("batches", batches, "something to iterate over", is_iterable)
         iterator = iter(batches)
         following = next(iterator, _NO_BATCH)
         self._pipeline.agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
@@ -300,7 +300,7 @@ class JointSparOptimizer(torch.optim.Optimizer):
             self.__dict__.pop(name, None)
 
     def _exchange_gradients(self, max_norm: float | None, is_looked_at: bool = False) -> None:
-        _check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
+        check_kind("max_norm", max_norm, "a number", max_norm is None or isinstance(max_norm, Real))
         if max_norm is not None and not max_norm > 0.0:
             raise ValueError(f"max_norm: {max_norm} is not above 0")
         self._exchanged = self._pipeline.exchange_gradients(
@@ -332,89 +332,6 @@ class JointSparOptimizer(torch.optim.Optimizer):
         )
         return self._pipeline.step_count
 
-    # State -------------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuses copy.deepcopy and pickle: a copy would meet no other rank's."""
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: use state_dict() or js.checkpoint.save")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Parameter groups are fixed at construction: the ranks agreed on the layers then."""
-        if self._is_built:
-            raise JointSparError("parameters cannot be added later: build a new optimizer")
-        super().add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As any torch optimizer's, with what JointSpar adds under "jointspar".
-
-        Rank-local: with strategy="independent" every rank has its own probabilities.
-        """
-        for parameter, momentum in zip(self._parameters, self._momenta, strict=True):  # whatever `state` was made since
-            self.state.setdefault(parameter, {})["momentum_buffer"] = momentum
-        own = self._pipeline.state_dict() | {"update": self._update.state_dict()}
-        return super().state_dict() | {"jointspar": own}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`, exactly, once the weights are loaded. Collective: every rank loads its own.
-
-        Freezes and thaws parameters as they were then; `set_trainable` afterwards changes that.
-        Raises ValueError for a state of other parameters or layers; nothing was changed then.
-        """
-        self._pipeline.backward.check_owner()
-        self.check_state_dict(state_dict)
-        loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
-        super().load_state_dict(state_dict)
-        for parameter, momentum, value in zip(self._parameters, self._momenta, loaded, strict=True):
-            momentum.copy_(value)  # torch would have cast it to the parameter's dtype
-            self.state[parameter]["momentum_buffer"] = momentum
-        self._hyper = HyperParameters(self.param_groups, self._parameters, self._hyper_names)
-        self._update = self._update_type(self._parameters, self._momenta)
-        self._exchanged = None
-        own = _on_host(state_dict["jointspar"])
-        self._update.load_state_dict(own.get("update", {}))
-        self._pipeline.load_state_dict(own, also_agreed=list(self._update.state_dict().values()))
-
-    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for a state that is not of this optimizer, its parameters, groups or layers."""
-        _check_kind("state_dict", state_dict, "a dict", isinstance(state_dict, dict))
-        try:
-            self._check_state_dict(state_dict)
-        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"state_dict: is malformed ({type(error).__name__}: {error})") from error
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict.get("jointspar")
-        if own is None:
-            raise ValueError("state_dict: has no 'jointspar' entry, so it is not of this optimizer")
-        own = _on_host(own)
-        self._pipeline.check_state(own)
-        self._update.check_state(own.get("update", {}))
-        groups, state = state_dict["param_groups"], state_dict["state"]
-        if [group["params"] for group in groups] != self._numbers_by_group():
-            raise ValueError("state_dict: its parameter groups are of other sizes")
-        for index, parameter in enumerate(self._parameters):
-            momentum = state.get(index, {}).get("momentum_buffer")
-            if momentum is None or momentum.shape != parameter.shape:
-                raise ValueError(f"state_dict: has no momentum_buffer of the shape of parameter {index}")
-        check_hyperparameters(groups, self._hyper_names)
-
-    def _numbers_by_group(self) -> list[list[int]]:
-        """What stands for the parameters in a state."""
-        return [group["params"] for group in super().state_dict()["param_groups"]]
-
 
 def _as_float(value: Any, default: float) -> float:
     return default if value is None else float(value)
-
-
-def _on_host(value: Any) -> Any:
-    """A state with its tensors in host memory, wherever torch.load's map_location has put them."""
-    if isinstance(value, Mapping):
-        return {name: _on_host(entry) for name, entry in value.items()}
-    return value.cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _check_kind(name: str, value: object, expected: str, is_right: bool) -> None:
-    if not is_right:
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")

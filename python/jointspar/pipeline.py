@@ -109,10 +109,6 @@ class Pipeline:
                 self._measure(exchanged, max_norm)
         return exchanged
 
-    def discard(self) -> None:
-        """Forget what `exchange_gradients` returned in this step; the next one begins anew, on all ranks alike."""
-        self.exchange.discard()
-
     def agree_on_changes(self, exchanged: Exchanged, hyper: HyperParameters) -> None:
         """After the user may have changed mean_grad: measure it, and skip it everywhere if anywhere not finite."""
         if exchanged.is_finite:
