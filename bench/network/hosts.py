@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import signals
+from jointspar.training.launch import ENDING_SIGNALS, ending_signals_raise
 from network.launchers import Launcher
 
 INTERFACE = "eth0"
@@ -72,7 +72,10 @@ def standing(num_hosts: int, gbits: float) -> Iterator[Hosts]:
     """
     _remove_stale()
     hosts = Hosts(num_hosts)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, signals.as_exits():
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX) as folder,
+        ending_signals_raise(lambda number: SystemExit(128 + number)),
+    ):
         try:
             hosts._set_up(Path(folder))
             hosts.set_rate(gbits)
@@ -249,7 +252,7 @@ def _signals_held_back() -> Iterator[None]:
     then calls its handler in this one.
     """
     held: list[int] = []
-    numbers = (signal.SIGINT, *signals.ENDING)
+    numbers = (signal.SIGINT, *ENDING_SIGNALS)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     handlers = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
     try:

@@ -1,11 +1,13 @@
-"""What a process is told of its place among the ranks, and the threads that follow from it."""
+"""What a process is told of its place among the ranks, the threads that follow from it, and what ends it."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 
 from jointspar.training import launch
-from jointspar.training.launch import launcher_rank, local_rank, local_ranks, threads_per_rank
+from jointspar.training.launch import ending_signals_raise, launcher_rank, local_rank, local_ranks, threads_per_rank
 
 
 def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +39,17 @@ def test_launchers_are_recognised(
     monkeypatch.setenv(size_variable, "4")
     monkeypatch.setenv(local_variable, "2")
     assert (launcher_rank(), local_ranks(), local_rank()) == (3, 4, 2)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ending_signals_raise_what_they_should_and_an_ignored_one_stays_ignored() -> None:
+    before = [signal.getsignal(number) for number in launch.ENDING_SIGNALS]
+    with pytest.raises(ZeroDivisionError, match=str(int(signal.SIGHUP))), ending_signals_raise(ZeroDivisionError):
+        signal.raise_signal(signal.SIGHUP)
+    assert [signal.getsignal(number) for number in launch.ENDING_SIGNALS] == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the fixture takes it back
+    with ending_signals_raise(SystemExit):
+        signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(SystemExit), ending_signals_raise(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -6,10 +6,16 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 # On these a rank asks all to stop in order. mpirun passes the second on, but lets ranks only a second after the first.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# On these what starts jobs ends them and itself; SIGHUP: its terminal is gone.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 # What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -22,6 +28,20 @@ _OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
+
+
+@contextmanager
+def ending_signals_raise(error_of: Callable[[int], BaseException]) -> Iterator[None]:
+    """ENDING_SIGNALS, unless they are ignored (nohup), raise error_of(number) in whatever the main thread does."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise error_of(number)
+
+    with ExitStack() as undo:
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                undo.callback(signal.signal, number, signal.signal(number, leave))
+        yield
 
 
 def find_launcher() -> str | None:

@@ -35,7 +35,7 @@ from jointspar.training.records import (
     read_metrics,
     write_summary,
 )
-from jointspar.training.setup import make_optimizer
+from jointspar.training.setup import check_continuation, make_optimizer
 
 _AVERAGED = ("loss_sum", "bytes_sent", "bytes_dense", "active_sum", "seconds")  # of the progress, by rank
 
@@ -252,16 +252,7 @@ class Run:
         extra = js.checkpoint.load(
             self.config.out / CHECKPOINT_FOLDER, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
         )
-        for name, value in self.identity.items():
-            before = extra["config"].get(name, value)
-            is_other_kind = name == "budget" and type(before) is not type(value)  # 1 layer is not 1.0, all layers
-            if before != value or is_other_kind:
-                follows = name in ("warmup_epochs", "milestones") and getattr(self.config, name) is None
-                with_what = f" with --epochs {self.config.epochs}" if follows else ""
-                raise ValueError(
-                    f"--resume: {name} was {before!r} and is now {value!r}{with_what}: "
-                    "continue with the settings that the run began with, or start another in a new --out"
-                )
+        check_continuation(self.config, extra["config"], self.identity)
         return Progress(**extra["progress"])
 
     def _headline(self) -> str:

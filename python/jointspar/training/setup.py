@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,20 @@ def prepare_folder(config: TrainConfig) -> None:
         )
     if not config.resume and (is_begun or (folder / SUMMARY_FILE).exists()):
         raise ValueError(f"--out {folder} holds a run already: continue it with --resume, or give another folder")
+
+
+def check_continuation(config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a run began with. Raises ValueError."""
+    for name, value in now.items():
+        was = before.get(name, value)
+        is_other_kind = name == "budget" and type(was) is not type(value)  # 1 layer is not 1.0, all layers
+        if was != value or is_other_kind:
+            follows = name in ("warmup_epochs", "milestones") and getattr(config, name) is None
+            with_what = f" with --epochs {config.epochs}" if follows else ""
+            raise ValueError(
+                f"--resume: {name} was {was!r} and is now {value!r}{with_what}: "
+                "continue with the settings that the run began with, or start another in a new --out"
+            )
 
 
 def make_optimizer(

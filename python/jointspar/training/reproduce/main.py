@@ -10,9 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jointspar.training.launch import ending_signals_raise
 from jointspar.training.reproduce import results
 from jointspar.training.reproduce.experiments import ExperimentList, load_list, select
-from jointspar.training.reproduce.process import alone_in, interrupted_by_signals
+from jointspar.training.reproduce.process import Terminated, alone_in
 from jointspar.training.reproduce.report import write_report
 from jointspar.training.reproduce.runs import (
     Run,
@@ -54,7 +55,7 @@ def reproduce(
     if any(run.needs_launcher for run in missing):
         words = found_launcher(words)
     _prepare_folder(out, must_exist=is_report_only)
-    with interrupted_by_signals():
+    with ending_signals_raise(Terminated):
         failures = _run_all(missing, words)
         _write(whole, chosen, out, _own_command(name, launcher, out))
     for failure in failures:

@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from jointspar.training.launch import job_environment
 
@@ -76,17 +75,3 @@ def _end(job: subprocess.Popen[str], log: TextIO) -> None:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
-
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM, and SIGHUP unless it is ignored, raise Terminated in whatever is running."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated(number)
-
-    with ExitStack() as undo:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                undo.callback(signal.signal, number, signal.signal(number, leave))
-        yield
