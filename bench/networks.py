@@ -20,7 +20,7 @@ from network import launchers, training, transfers
 from network.hosts import INTERFACE, Hosts, HostsError, JobError, refusal, standing
 from network.launchers import Launcher
 from network.picture import draw_iterations, draw_transfers
-from results import Cell, new_record, save
+from results import Cell, new_record, refuse_beside_quick, save
 from step import summary
 from step.methods import METHODS
 from step.models import CASES
@@ -182,6 +182,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
+    fixed = "rates", "ranks", "rounds", "megabytes", "model", "methods", "iterations", "loss_iterations"
+    refuse_beside_quick(parser, options, *fixed)
     for name in ("parts", "rates", "ranks", "launchers", "methods"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))  # none twice
     options.parts = options.parts or list(PARTS)

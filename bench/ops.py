@@ -23,7 +23,7 @@ from layer_problem import MANY_LAYERS
 from limits import Limit, compiler
 from operation import Case, Operation, Problem, Variant, verify
 from picture import draw_fractions
-from results import Cell, cell_of, new_record, save, table
+from results import Cell, cell_of, new_record, refuse_beside_quick, save, table
 from shapes import MODELS
 
 OPERATIONS = (
@@ -148,8 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"small cases, {QUICK_ROUNDS} rounds: shows that everything is right, measures nothing",
     )
     options = parser.parse_args(arguments)
-    if options.quick and options.cases:
-        parser.error("--cases does not act with --quick, which has small cases of its own: leave one of them out")
+    refuse_beside_quick(parser, options, "cases", "rounds", "no_compile")
     return options
 
 

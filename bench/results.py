@@ -102,6 +102,13 @@ def new_record(
     }
 
 
+def refuse_beside_quick(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Where --quick is given, which has sizes of its own, end with an error for an option that would not act."""
+    given = [name for name in names if getattr(options, name) != parser.get_default(name)]
+    if options.quick and given:
+        parser.error(f"--{given[0].replace('_', '-')} does not act with --quick: leave one of them out")
+
+
 def save(record: Record, cells: Sequence[Cell], folder: Path, name: str) -> Path:
     """Write <date>-<name>.json into `folder`, made if needed; returns its path.
 

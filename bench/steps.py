@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import signals
-from results import STEP_SCHEMA, Cell, new_record, save
+from jointspar.training.launch import ending_signals_raise
+from results import STEP_SCHEMA, Cell, new_record, refuse_beside_quick, save
 from step.jobs import JobError, run
 from step.methods import METHODS
 from step.models import CASES
@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cells: list[Cell] = []
     total = len(plan) * options.rounds * len(options.methods)
-    with tqdm(total=total, unit="method", disable=None) as progress, signals.as_exits():  # a job ends with this
+    with (
+        tqdm(total=total, unit="method", disable=None) as progress,
+        ending_signals_raise(lambda number: SystemExit(128 + number)),  # a job ends with this process
+    ):
         try:
             for cell in _cells(plan, options, progress):
                 progress.write(table(cell))
@@ -95,6 +98,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"{QUICK_MODEL} on {QUICK_RANKS} ranks, one iteration: shows that all is right, measures nothing",
     )
     options = parser.parse_args(arguments)
+    refuse_beside_quick(parser, options, "models", "ranks", "rounds", "iterations")
     for name in ("models", "ranks", "methods"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))  # none twice
     if options.quick:

@@ -197,6 +197,17 @@ def test_quick_run_checks_every_operation_and_writes_its_results(tmp_path: Path)
     assert table(record["cells"][0]).startswith("sample_layers, resnet18, float64, 1 thread")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["ops --cases resnet50", "ops --rounds 3", "step --models resnet18", "step --iterations 7", "network --rates 0.3"],
+)
+def test_what_quick_runs_would_not_heed_is_refused(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments.split(), "--quick"])
+    assert ended.value.code == 2
+    assert f"{arguments.split()[1]} does not act with --quick" in capsys.readouterr().err
+
+
 def test_operation_without_the_case_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_ops.main(["sample_layers", "--cases", "small"]) == 2
     assert "none of these operations has such a case" in capsys.readouterr().err

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 import compare
-import signals
 import steps
 from jobs import environment, find_launcher, run_job
 from results import SCHEMA, STEP_SCHEMA
@@ -188,18 +187,6 @@ def test_a_signal_ends_the_job_too(tmp_path: Path, number: int) -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with signals.as_exits():
-            signal.raise_signal(signal.SIGHUP)
-            with pytest.raises(SystemExit):
-                signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_method_that_is_named_twice_is_measured_once() -> None:
