@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import compare
+import networks
 import ops as bench_ops
 import picture
+import steps
 from alternate import alternate, spread
 from jointspar import cli, ops
 from limits import Limit, compiler
@@ -198,14 +200,22 @@ def test_quick_run_checks_every_operation_and_writes_its_results(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    ["ops --cases resnet50", "ops --rounds 3", "step --models resnet18", "step --iterations 7", "network --rates 0.3"],
+    ("main", "option", "value"),
+    [
+        (bench_ops.main, "--cases", "resnet50"),
+        (bench_ops.main, "--rounds", "3"),
+        (steps.main, "--models", "resnet18"),
+        (steps.main, "--iterations", "7"),
+        (networks.main, "--rates", "0.3"),
+    ],
 )
-def test_what_quick_runs_would_not_heed_is_refused(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+def test_what_quick_runs_would_not_heed_is_refused(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], option: str, value: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", *arguments.split(), "--quick"])
+        main(["--quick", option, value])
     assert ended.value.code == 2
-    assert f"{arguments.split()[1]} does not act with --quick" in capsys.readouterr().err
+    assert f"{option} does not act with --quick" in capsys.readouterr().err
 
 
 def test_operation_without_the_case_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
