@@ -1,20 +1,39 @@
-"""Which kernels a call launches, by torch's profiler."""
+"""Which kernels a call launches, and how often it waits for the device, by torch's profiler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 _NOT_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")
+_WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+_CALL = "the call"
+
+
+def _events(call: Callable[[], object]) -> list[Any]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.record_function(_CALL):
+            call()
+        torch.cuda.synchronize()
+    return list(profile.events())
 
 
 def kernel_names(call: Callable[[], object]) -> list[str]:
     """Names of the CUDA kernels of one call, in no order; copies and fills by the driver do not count."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize()
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return [event.name for event in on_device if not event.name.startswith(_NOT_KERNELS)]
+    ignored = (*_NOT_KERNELS, _CALL)
+    on_device = [event for event in _events(call) if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.name for event in on_device if not event.name.startswith(ignored)]
+
+
+def count_waits(call: Callable[[], object]) -> int:
+    """Calls of the CUDA runtime, in one call, that return only when the device has done something."""
+    events = [event for event in _events(call) if event.device_type == torch.autograd.DeviceType.CPU]
+    (span,) = (event.time_range for event in events if event.name == _CALL)
+    return sum(
+        event.name in _WAITS and span.start <= event.time_range.start and event.time_range.end <= span.end
+        for event in events
+    )

@@ -10,7 +10,7 @@ import torch
 from bench.gpu.cases import Case, check
 from bench.gpu.launches import kernel_names
 from bench.gpu.report import Record
-from bench.gpu.timing import device_milliseconds, wall_milliseconds
+from bench.gpu.timing import device_milliseconds, graph_milliseconds, wall_milliseconds
 from bench.gpu.update_cases import all_cases
 
 LAUNCH_BOUND = "161 x 64"  # where the time from the host's first call to the device's last kernel is what counts
@@ -32,5 +32,7 @@ def records_of(make: Callable[[], Case], rounds: int) -> Iterator[Record]:
         record["launches"] = len(kernel_names(call))
         if case.shapes == LAUNCH_BOUND:
             record["wall_milliseconds"] = wall_milliseconds(call, rounds=rounds, calls=20)
+            if name.startswith("native"):
+                record["graph_milliseconds"] = graph_milliseconds(call, rounds=rounds, calls=20)
         yield record
     torch._dynamo.reset()

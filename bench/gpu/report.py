@@ -68,10 +68,10 @@ def operations_table(records: Sequence[Record], copy: dict[str, float] | None) -
             f"{per_second / copy['median']:.2f}" if copy else "",
             f"{min(peers) / milliseconds['median']:.2f}" if peers else "",
             str(record["launches"]),
-            with_spread(record["wall_milliseconds"]) if "wall_milliseconds" in record else "",
+            *(with_spread(record[key]) if key in record else "" for key in ("wall_milliseconds", "graph_milliseconds")),
         ])  # fmt: skip
     head = ["operation", "tensors", "variant", "device ms (p10 to p90)", "GB/s", "of copy", "x best torch", "launches",
-            "wall ms (p10 to p90)"]  # fmt: skip
+            "wall ms (p10 to p90)", "captured, wall ms (p10 to p90)"]  # fmt: skip
     return table(head, rows)
 
 
@@ -81,10 +81,13 @@ def is_peer(record: Record) -> bool:
 
 def steps_table(records: Sequence[Record]) -> str:
     rows = [
-        [record["optimizer"], record["shapes"], with_spread(record["wall_milliseconds"]), str(record["launches"])]
+        [
+            *(record["optimizer"], record["shapes"], with_spread(record["wall_milliseconds"])),
+            *(str(record["launches"]), str(record["waits"])),
+        ]
         for record in records
     ]
-    return table(["optimizer", "tensors", "wall ms per step (p10 to p90)", "launches"], rows)
+    return table(["optimizer", "tensors", "wall ms per step (p10 to p90)", "launches", "waits"], rows)
 
 
 def training_table(records: Sequence[Record]) -> str:

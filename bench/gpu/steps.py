@@ -1,4 +1,4 @@
-"""Whole optimizer steps with gradients at hand: wall time per step and kernels launched."""
+"""Whole optimizer steps with gradients at hand: wall time per step, kernels launched, waits for the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import jointspar as js
 from bench.gpu.cases import LR, MOMENTUM, SHAPES, TRUST_COEFFICIENT, WEIGHT_DECAY
-from bench.gpu.launches import kernel_names
+from bench.gpu.launches import count_waits, kernel_names
 from bench.gpu.report import Record
 from bench.gpu.timing import wall_milliseconds
 
@@ -53,4 +53,5 @@ def measure_steps(*, rounds: int) -> Iterator[Callable[[], Iterator[Record]]]:
 def records_of(name: str, shapes: str, rounds: int) -> Iterator[Record]:
     step = OPTIMIZERS[name](shapes)
     wall = wall_milliseconds(step, rounds=rounds, calls=20)
-    yield {"optimizer": name, "shapes": shapes, "wall_milliseconds": wall, "launches": len(kernel_names(step))}
+    record = {"optimizer": name, "shapes": shapes, "wall_milliseconds": wall}
+    yield record | {"launches": len(kernel_names(step)), "waits": count_waits(step)}

@@ -84,6 +84,15 @@ def wall_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float
     return summary(samples)
 
 
+def graph_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float]:
+    """The same of a CUDA graph that a call was captured in. Raises what capturing raises."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return wall_milliseconds(graph.replay, rounds=rounds, calls=calls)
+
+
 def copy_bandwidth(*, rounds: int, gigabytes: float = 1.0) -> dict[str, float]:
     """Bytes read plus bytes written per second, in GB/s, of a device-to-device copy of so many gigabytes."""
     source = torch.ones(int(gigabytes * 2.5e8), device="cuda")

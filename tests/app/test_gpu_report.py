@@ -30,7 +30,13 @@ def made_up() -> report.Results:
         operation("torch loop", 4.0), operation("torch _foreach_", 1.0), operation("native", 0.25),
         operation("torch SGD fused (floor)", 0.1, True), operation("torch loop", 0.1, operation="lars_update"),
     ]  # fmt: skip
-    step = {"optimizer": "torch SGD", "shapes": "161 x 64", "wall_milliseconds": milliseconds(0.5), "launches": 4}
+    step = {
+        "optimizer": "torch SGD",
+        "shapes": "161 x 64",
+        "wall_milliseconds": milliseconds(0.5),
+        "launches": 4,
+        "waits": 0,
+    }
     results["steps"] = [step]
     results["training"] = [
         {"network": "resnet50", "batch": 8, "optimizer": name, "milliseconds": milliseconds(time), "peak_bytes": peak}

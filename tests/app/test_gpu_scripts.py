@@ -92,11 +92,14 @@ def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("rehearsed_run", ROOT / "tests/cuda/run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "rehearsed_run", module)  # where dataclass looks
     spec.loader.exec_module(module)
     (tmp_path / "fake_pytest.py").write_text(FAKE_PYTEST)
     (tmp_path / "compute-sanitizer").write_text(FAKE_SANITIZER)
     (tmp_path / "compute-sanitizer").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # as if there were no pytest-xdist
     monkeypatch.setattr(module, "PYTEST", (sys.executable, str(tmp_path / "fake_pytest.py")))
     monkeypatch.setattr(module.in_place, "prepare", lambda packages, wheels, architectures: None)
     return module
@@ -108,18 +111,26 @@ def run_it(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str)
     return code
 
 
-def test_tests_and_then_every_tool_are_run(
-    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_the_tests_and_every_tool_are_run(
+    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run_it(rehearsed, monkeypatch, "--pytest-args", "-x -k lars") == 0
+    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    assert {log.stem: log.read_text() for log in (tmp_path / "logs").iterdir()} == {
+        "tests": "tests 1 cached -m cuda and not alone tests/cuda -x -k lars\n",
+        "alone": "tests 1 cached -m cuda and alone tests/cuda -x -k lars\n",
+        **{tool: f"{tool} 1 1 tests/cuda/test_sanitized.py\n" for tool in tools},
+    }
     printed = capfd.readouterr().out.splitlines()
-    assert [line for line in printed if not line.startswith("==")][:5] == [
-        "tests 1 cached -m cuda tests/cuda -x -k lars",
-        *(f"{tool} 1 1 tests/cuda/test_sanitized.py" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
-    ]
-    assert [line.split()[:2] for line in printed[-5:]] == [
-        [name, "passed"] for name in ("tests", "memcheck", "racecheck", "initcheck", "synccheck")
-    ]
+    assert [line.split()[:2] for line in printed[-6:]] == [[name, "passed"] for name in ("tests", *tools, "alone")]
+
+
+def test_the_tests_run_in_several_processes_where_pytest_can(
+    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rehearsed, "find_spec", lambda name: name == "xdist")
+    assert run_it(rehearsed, monkeypatch, "--tools", "--workers", "5") == 0
+    assert (tmp_path / "logs" / "tests.log").read_text() == "tests 1 cached -n 5 -m cuda and not alone tests/cuda\n"
 
 
 def test_what_failed_is_told_and_the_rest_is_run(
@@ -128,9 +139,11 @@ def test_what_failed_is_told_and_the_rest_is_run(
     monkeypatch.setenv("CODE_tests", "1")
     monkeypatch.setenv("CODE_racecheck", "86")
     assert run_it(rehearsed, monkeypatch, "--tools", "memcheck", "racecheck") == 1
-    summary = capfd.readouterr().out.splitlines()[-3:]
+    printed = capfd.readouterr().out.splitlines()
+    assert "racecheck 1 1 tests/cuda/test_sanitized.py" in printed  # the end of its log
+    summary = printed[-4:]
     assert [line.split("(")[0].split(maxsplit=1)[1].strip() for line in summary] == [
-        "failed with exit code 1", "passed", "found errors",
+        "failed with exit code 1", "passed", "found errors", "failed with exit code 1",
     ]  # fmt: skip
 
 

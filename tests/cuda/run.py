@@ -1,5 +1,8 @@
-"""`make test-gpu`: build in place, run tests/cuda, then a selection of it under each tool of compute-sanitizer.
+"""`make test-gpu`: build in place, run tests/cuda and, beside it, a selection under each tool of compute-sanitizer.
 
+All of them at once, since each mostly waits for its host, the tests in several processes where pytest-xdist is
+installed; at last the tests marked `alone`. What each printed is in build/gpu-logs/<name>.log; the end is shown of
+what failed.
 Exit code 0 where all passed, 1 where something failed, 2 where the machine cannot run it.
 """
 
@@ -12,13 +15,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from bench.gpu import in_place
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+ALONE = "alone"  # a marker, and the name of the command that runs what has it
 SANITIZED = ("tests/cuda/test_sanitized.py",)
-TESTS_SHARE = 0.6  # of the time that the build leaves; each tool may then take an equal part of the rest
+LOGS = in_place.ROOT / "build" / "gpu-logs"
+SHOWN = 8000  # characters of the log of what failed
 SANITIZER_FAILED = 86  # told apart from pytest's own exit codes
 
 
@@ -27,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wheels", default="", metavar="DIR", help="wheels of packages that this Python lacks")
     parser.add_argument("--architectures", default="native", help="CUDA architectures to build for, as CMake says them")
     parser.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS), help="of compute-sanitizer")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of the tests")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything; what does not fit is cut off")
     parser.add_argument("--pytest-args", default="", help="for tests/cuda, as one string: '-x -k lars'")
     return parser.parse_args()
@@ -34,31 +43,65 @@ def parse() -> argparse.Namespace:
 
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """What to run, by the name that the summary gives it."""
-    wanted = {"tests": [*PYTEST, "-m", "cuda", "tests/cuda", *options.pytest_args.split()]}
+    workers = ("-n", str(options.workers)) if options.workers > 1 and find_spec("xdist") else ()
+    chosen = ["tests/cuda", *options.pytest_args.split()]
+    wanted = {"tests": [*PYTEST, *workers, "-m", "cuda and not alone", *chosen]}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if options.tools and sanitizer is None:
         raise in_place.CannotRun("no compute-sanitizer on the PATH; --tools without a name leaves it out")
     for tool in options.tools:
         checked = [str(sanitizer), "--tool", tool, f"--error-exitcode={SANITIZER_FAILED}", "--print-limit=20"]
         wanted[tool] = [*checked, *PYTEST, *SANITIZED]
+    wanted[ALONE] = [*PYTEST, "-m", "cuda and alone", *chosen]
     return wanted
 
 
-def outcome(name: str, command: list[str], seconds: float) -> tuple[bool, str]:
-    """Whether a command passed, and a line for the summary."""
+@dataclass
+class Job:
+    """A command under way, or over."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float
+    result: str = ""  # empty while it runs
+
+
+def start(name: str, command: list[str]) -> Job:
     print(f"== {name}: {' '.join(command)}", flush=True)
     environment = os.environ | {"PYTHONPATH": in_place.search_path(), "JOINTSPAR_REQUIRE_CUDA": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "2")  # of each process
     if name in TOOLS:  # one allocation per tensor, so that what lies between tensors is nobody's
         environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "JOINTSPAR_BACKEND": "native"}
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=in_place.ROOT, env=environment, start_new_session=True)
-    try:
-        code = process.wait(max(1.0, seconds))
-        result = {0: "passed", SANITIZER_FAILED: "found errors"}.get(code, f"failed with exit code {code}")
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the sanitizer's target too
-        code, result = process.wait(), "cut off: its time was up"
-    return code == 0, f"{name:10s} {result} ({time.monotonic() - start:.0f} s)"
+    log = LOGS / f"{name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=in_place.ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    return Job(name, process, log, time.monotonic())
+
+
+def look_at(job: Job, end: float) -> None:
+    """Note what became of a job that is over, or whose time is up."""
+    code = job.process.poll()
+    if code is None and time.monotonic() < end:
+        return
+    if code is None:
+        os.killpg(job.process.pid, signal.SIGKILL)  # the sanitizer's target too
+        job.process.wait()
+    results = {None: "cut off: its time was up", 0: "passed", SANITIZER_FAILED: "found errors"}
+    job.result = f"{results.get(code, f'failed with exit code {code}')} ({time.monotonic() - job.began:.0f} s)"
+    shown = job.log.read_text(errors="replace")
+    print(f"== {job.name}", shown[-SHOWN:] if code != 0 else shown.rstrip().rpartition("\n")[2], sep="\n", flush=True)
+
+
+def run_together(wanted: dict[str, list[str]], end: float) -> list[Job]:
+    jobs = [start(name, command) for name, command in wanted.items()]
+    while running := [job for job in jobs if not job.result]:
+        for job in running:
+            look_at(job, end)
+        time.sleep(0.05)
+    return jobs
 
 
 def main() -> int:
@@ -71,13 +114,11 @@ def main() -> int:
     except in_place.CannotRun as problem:
         print(f"test-gpu: {problem}", file=sys.stderr)
         return 2
-    outcomes = []
-    for index, (name, command) in enumerate(wanted.items()):
-        left = end - time.monotonic()
-        share = TESTS_SHARE * left if name == "tests" and options.tools else left / (len(wanted) - index)
-        outcomes.append(outcome(name, command, share))
-    print("== summary", *(line for _, line in outcomes), sep="\n")
-    return 0 if all(passed for passed, _ in outcomes) else 1
+    LOGS.mkdir(parents=True, exist_ok=True)
+    jobs = run_together({name: command for name, command in wanted.items() if name != ALONE}, end)
+    jobs += run_together({ALONE: wanted[ALONE]}, end)
+    print("== summary", *(f"{job.name:10s} {job.result}" for job in jobs), sep="\n")
+    return 0 if all(job.process.returncode == 0 for job in jobs) else 1
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ def test_without_lag_a_step_does_wait() -> None:
 
 
 @both_kinds
+@pytest.mark.alone
 def test_in_the_steady_state_a_step_allocates_nothing_that_stays(kind: Any) -> None:
     parameters = equal_layers(161, 10_000)
     optimizer = kind(list(parameters.named_parameters()), sampling=sampling(budget=80, grouping="tensor"))
