@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     measurements = {
         "operations": operations.measure_operations(options.backends, compiled=is_compiled, rounds=rounds),
         "steps": steps.measure_steps(rounds=rounds),
-        "training": training.measure_training(iterations=10 if options.quick else 40),
+        "training": training.measure_training(iterations=20 if options.quick else 200),
     }
     results = report.empty(environment.describe())
     results["copy"] = timing.copy_bandwidth(rounds=rounds)

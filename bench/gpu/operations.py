@@ -10,10 +10,20 @@ import torch
 from bench.gpu.cases import Case, check
 from bench.gpu.launches import kernel_names
 from bench.gpu.report import Record
-from bench.gpu.timing import device_milliseconds, graph_milliseconds, wall_milliseconds
+from bench.gpu.timing import Call, device_milliseconds, graph_milliseconds, wall_milliseconds
 from bench.gpu.update_cases import all_cases
 
 LAUNCH_BOUND = "161 x 64"  # where the time from the host's first call to the device's last kernel is what counts
+
+
+COPY = "copy of as many bytes"  # the limit at this size, with a launch's own time
+
+
+def copy_of(num_bytes: int) -> Call:
+    """Reads and writes half of the bytes each."""
+    source = torch.ones(num_bytes // 8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def measure_operations(backends: list[str], *, compiled: bool, rounds: int) -> Iterator[Callable[[], Iterator[Record]]]:
@@ -25,10 +35,15 @@ def measure_operations(backends: list[str], *, compiled: bool, rounds: int) -> I
 def records_of(make: Callable[[], Case], rounds: int) -> Iterator[Record]:
     case = make()
     check(case)
-    milliseconds = device_milliseconds(case.variants, rounds=rounds)
-    for name, call in case.variants.items():
+    variants = case.variants if case.shapes == LAUNCH_BOUND else case.variants | {COPY: copy_of(case.num_bytes)}
+    milliseconds = device_milliseconds(variants, rounds=rounds)
+    for name, call in variants.items():
         record: Record = {"operation": case.operation, "shapes": case.shapes, "variant": name}
-        record |= {"bytes": case.num_bytes, "milliseconds": milliseconds[name], "is_floor": name in case.floors}
+        record |= {
+            "bytes": case.num_bytes,
+            "milliseconds": milliseconds[name],
+            "is_floor": name in case.floors | {COPY},
+        }
         record["launches"] = len(kernel_names(call))
         if case.shapes == LAUNCH_BOUND:
             record["wall_milliseconds"] = wall_milliseconds(call, rounds=rounds, calls=20)

@@ -58,20 +58,19 @@ def operations_table(records: Sequence[Record], copy: dict[str, float] | None) -
     for record in records:
         milliseconds = record["milliseconds"]
         per_second = record["bytes"] / milliseconds["median"] / 1e6
-        peers = [
-            other["milliseconds"]["median"]
-            for other in records
-            if is_peer(other) and all(other[key] == record[key] for key in ("operation", "shapes"))
-        ]
+        alike = [other for other in records if all(other[key] == record[key] for key in ("operation", "shapes"))]
+        peers = [other["milliseconds"]["median"] for other in alike if is_peer(other)]
+        copies = [other["milliseconds"]["median"] for other in alike if other["variant"].startswith("copy")]
         rows.append([
             record["operation"], record["shapes"], record["variant"], with_spread(milliseconds), f"{per_second:.0f}",
             f"{per_second / copy['median']:.2f}" if copy else "",
+            f"{min(copies) / milliseconds['median']:.2f}" if copies else "",
             f"{min(peers) / milliseconds['median']:.2f}" if peers else "",
             str(record["launches"]),
             *(with_spread(record[key]) if key in record else "" for key in ("wall_milliseconds", "graph_milliseconds")),
         ])  # fmt: skip
-    head = ["operation", "tensors", "variant", "device ms (p10 to p90)", "GB/s", "of copy", "x best torch", "launches",
-            "wall ms (p10 to p90)", "captured, wall ms (p10 to p90)"]  # fmt: skip
+    head = ["operation", "tensors", "variant", "device ms (p10 to p90)", "GB/s", "of copy", "of a copy alike",
+            "x best torch", "launches", "wall ms (p10 to p90)", "captured, wall ms (p10 to p90)"]  # fmt: skip
     return table(head, rows)
 
 

@@ -44,7 +44,7 @@ def host_seconds(call: Call) -> float:
 def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each variant on the device; a round times each variant once, in a new order.
 
-    The device pauses before each call for as long as the host takes to put the call there, so that launches do not
+    The device pauses before each call for longer than the host takes to put the call there, so that launches do not
     count where nothing waits for them; a call that waits for the device pays for its launches.
     """
     cache = ColdCache()
@@ -52,7 +52,7 @@ def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[st
     for name, call in variants.items():
         call()  # compiles
         call()
-        pause[name] = min(LONGEST_PAUSE, 1.5 * median(host_seconds(call) for _ in range(5)))
+        pause[name] = min(LONGEST_PAUSE, 1e-4 + 2.0 * median(host_seconds(call) for _ in range(5)))
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}
     order = np.random.default_rng(0)
     for _ in range(rounds):

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <fstream>
+#include <cstdio>
 
 #include "common/portable.h"
 #include "cpu/simd.h"
@@ -14,13 +14,17 @@
 
 namespace jointspar {
 
-// The kernel's figure, in KiB; glibc's sysconf says 320 MiB where a virtual machine has 32.
+// The kernel's figure, in KiB; glibc's sysconf says 320 MiB where a virtual machine has 32. No stream of C++: where this
+// module has a libstdc++ linked in and the process another, their locales mix and reading a number crashes.
 inline int64_t last_level_cache_bytes() {
     constexpr int64_t kAssumedBytes = int64_t{32} << 20;
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    int64_t kibibytes = 0;
+    std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+    if (file == nullptr) return kAssumedBytes;
+    long long kibibytes = 0;
     char unit = '\0';
-    return file >> kibibytes >> unit && unit == 'K' && kibibytes > 0 ? kibibytes << 10 : kAssumedBytes;
+    const bool is_read = std::fscanf(file, "%lld%c", &kibibytes, &unit) == 2;
+    std::fclose(file);
+    return is_read && unit == 'K' && kibibytes > 0 ? int64_t{kibibytes} << 10 : kAssumedBytes;
 }
 
 // Data beyond the last-level cache is written around it: nobody could read it back from there.

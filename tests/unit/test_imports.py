@@ -222,3 +222,12 @@ def test_a_pickling_call_is_found() -> None:
 @pytest.mark.parametrize("header", ["<Python.h>", "<torch/extension.h>", '"mpi.h"', "<pybind11/pybind11.h>"])
 def test_a_forbidden_include_is_found(header: str) -> None:
     assert FORBIDDEN_IN_KERNELS.search(f"#pragma once\n  # include {header}\n")
+
+
+def test_no_native_source_uses_streams_of_cpp() -> None:
+    """Where a module has a libstdc++ linked in and the process another, their locales mix, and reading crashes."""
+    sources = [path for folder in ("csrc", "jointspar_ext") for path in (ROOT / folder).rglob("*.*")]
+    assert len(sources) > 50
+    header = re.compile(r"#include <(fstream|iostream|sstream|iomanip|locale|regex)>")
+    is_native = {".cpp", ".h", ".cu", ".cuh"}
+    assert [path.name for path in sources if path.suffix in is_native and header.search(path.read_text())] == []
