@@ -152,3 +152,14 @@ def test_a_step_without_backward_says_nothing_about_what_a_loss_depends_on():
     backward.observe()
     backward.activate(np.array([False, True, False]))
     assert flags(parameters) == [False, True, False]
+
+
+def test_layers_given_back_after_backward_count_as_what_could_have_no_gradient():
+    model, parameters = make()
+    backward = ActiveBackward(parameters)
+    backward.activate(np.array([True, False, False]))
+    model(torch.randn(5, 2)).sum().backward()
+    backward.release()  # all flags are on again, as if the others could have had one
+    backward.observe()
+    backward.activate(np.array([False, True, False]))
+    assert flags(parameters) == [False, True, False]  # it is not taken for a head that losses leave out

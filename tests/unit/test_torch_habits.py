@@ -82,6 +82,23 @@ def test_of_two_optimizers_on_a_parameter_the_later_one_steps():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_superseded_optimizer_that_is_to_load_a_state_stays_as_it_is():
+    model = make_model()
+    first = js.JointSparSGD(model.named_parameters(), lr=0.25, sampling=ALL)
+    backward(model)
+    first.step()
+    state = first.state_dict()
+    momenta = [first.state[parameter]["momentum_buffer"].clone() for parameter in model.parameters()]
+    js.JointSparSGD(model.named_parameters(), sampling=ALL)
+    state["param_groups"][0]["lr"] = 0.5
+    state["state"] = {index: {"momentum_buffer": torch.zeros_like(momentum)} for index, momentum in enumerate(momenta)}
+    with pytest.raises(JointSparError, match="another optimizer"):
+        first.load_state_dict(state)
+    assert first.param_groups[0]["lr"] == 0.25
+    for parameter, momentum in zip(model.parameters(), momenta, strict=True):
+        assert torch.equal(first.state[parameter]["momentum_buffer"], momentum)
+
+
 def test_an_optimizer_that_could_not_be_built_takes_the_place_of_none():
     model = make_model()
     first = js.JointSparSGD(model.named_parameters(), sampling=ALL)
