@@ -35,9 +35,11 @@ def parse() -> argparse.Namespace:
 
 def ways_of(comm: Transport) -> dict[str, Exchange]:
     """By name, each staged and, where the transport takes device memory, allreduce as it is."""
-    ways = {f"{name}, staged": Staged(way) for name, way in candidates("auto", comm, torch.float32).items()}
-    return {"allreduce of device memory": candidates("allreduce", comm, torch.float32)["allreduce"]} | ways \
-        if comm.agree_on_cuda() else ways  # fmt: skip
+    ways: dict[str, Exchange] = {}
+    if comm.agree_on_cuda():
+        ways["allreduce of device memory"] = candidates("allreduce", comm, torch.float32)["allreduce"]
+    staged = {f"{name}, staged": Staged(way) for name, way in candidates("auto", comm, torch.float32).items()}
+    return ways | staged
 
 
 def measure(comm: Transport, ways: dict[str, Exchange], size: int, rounds: int) -> dict[str, list[float]]:
