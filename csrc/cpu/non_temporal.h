@@ -14,8 +14,8 @@
 
 namespace jointspar {
 
-// The kernel's figure, in KiB; glibc's sysconf says 320 MiB where a virtual machine has 32. No stream of C++: where this
-// module has a libstdc++ linked in and the process another, their locales mix and reading a number crashes.
+// The kernel's figure, in KiB; glibc's sysconf says 320 MiB where a virtual machine has 32. No stream of C++: where
+// this module has a libstdc++ linked in and the process another, their locales mix and reading a number crashes.
 inline int64_t last_level_cache_bytes() {
     constexpr int64_t kAssumedBytes = int64_t{32} << 20;
     std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
