@@ -1,7 +1,7 @@
 """Time to sum vectors in CUDA memory over ranks: by an MPI that takes such memory, and through pinned host memory.
 
 `mpirun -n 2 python -m bench.gpu.exchange --out FILE.json`, where ranks may share a card; from the tree, after
-`make test-gpu` or `make bench-gpu` built it. Exit code 2 where there is no GPU.
+`make test-gpu` or `make bench-gpu` built it. Exit code 2 where there is no GPU, or one rank.
 """
 
 from __future__ import annotations
@@ -42,20 +42,23 @@ def ways_of(comm: Transport) -> dict[str, Exchange]:
     return ways | staged
 
 
-def measure(comm: Transport, ways: dict[str, Exchange], size: int, rounds: int) -> dict[str, list[float]]:
+def measure(
+    comm: Transport, ways: dict[str, Exchange], size: int, rounds: int, device: str = "cuda"
+) -> dict[str, list[float]]:
     """Milliseconds of the slowest rank in each round, by way; the ways alternate, and each sum is checked."""
     slices = Slices(np.array([size]), np.ones((comm.world_size, 1), dtype=bool))
-    own = torch.randn(size, generator=torch.Generator().manual_seed(comm.rank)).cuda()
-    expected = sum(torch.randn(size, generator=torch.Generator().manual_seed(r)) for r in range(comm.world_size)).cuda()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    parts = [torch.randn(size, generator=torch.Generator().manual_seed(rank)) for rank in range(comm.world_size)]
+    own, expected = parts[comm.rank].to(device), torch.stack(parts).sum(dim=0).to(device)
     packed, times = torch.empty_like(own), defaultdict(list)
     for index in range(-2, rounds):  # the first ones allocate
         for name, exchange in ways.items():
             packed.copy_(own)
-            torch.cuda.synchronize()
+            wait()
             comm.start_headers(np.zeros(1, dtype=np.int64), what="start").wait()
             began = time.perf_counter_ns()
             exchange(comm, packed, what=name, slices=slices)
-            torch.cuda.synchronize()
+            wait()
             nanoseconds = np.array([time.perf_counter_ns() - began])
             torch.testing.assert_close(packed, expected, msg=lambda text, name=name: f"{name}: {text}")
             slowest = comm.start_headers(nanoseconds, what="time").wait().max()
@@ -70,6 +73,9 @@ def main() -> int:
         print(f"torch {torch.__version__} finds no GPU on this machine", file=sys.stderr)
         return 2
     comm = js.comm.world()
+    if comm.world_size == 1:
+        print("one rank sums nothing: start it as mpirun -n 2 python -m bench.gpu.exchange ...", file=sys.stderr)
+        return 2
     torch.cuda.set_device(comm.rank % torch.cuda.device_count())
     ways = ways_of(comm)
     results = {"environment": environment.describe() | {"transport": comm.name, "ranks": comm.world_size}, "sums": []}

@@ -14,8 +14,6 @@ from bench.gpu.timing import Call, device_milliseconds, graph_milliseconds, wall
 from bench.gpu.update_cases import all_cases
 
 LAUNCH_BOUND = "161 x 64"  # where the time from the host's first call to the device's last kernel is what counts
-
-
 COPY = "copy of as many bytes"  # the limit at this size, with a launch's own time
 
 

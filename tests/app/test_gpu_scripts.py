@@ -73,7 +73,7 @@ def test_a_step_that_fails_is_named_with_its_exit_code() -> None:
 # Stands for pytest: says what it was given, and ends as the environment wants it to.
 FAKE_PYTEST = """
 import os, sys, time
-tool = os.environ.get("TOOL", "tests")
+tool = os.environ.get("TOOL", "alone" if "cuda and alone" in sys.argv else "tests")
 print(tool, os.environ["JOINTSPAR_REQUIRE_CUDA"], os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "cached"),
       *sys.argv[1:], flush=True)
 time.sleep(60 if tool == os.environ.get("HANGS") else 0)
@@ -118,7 +118,7 @@ def test_the_tests_and_every_tool_are_run(
     tools = ("memcheck", "racecheck", "initcheck", "synccheck")
     assert {log.stem: log.read_text() for log in (tmp_path / "logs").iterdir()} == {
         "tests": "tests 1 cached -m cuda and not alone tests/cuda -x -k lars\n",
-        "alone": "tests 1 cached -m cuda and alone tests/cuda -x -k lars\n",
+        "alone": "alone 1 cached -m cuda and alone tests/cuda -x -k lars\n",
         **{tool: f"{tool} 1 1 tests/cuda/test_sanitized.py\n" for tool in tools},
     }
     printed = capfd.readouterr().out.splitlines()
@@ -133,6 +133,17 @@ def test_the_tests_run_in_several_processes_where_pytest_can(
     assert (tmp_path / "logs" / "tests.log").read_text() == "tests 1 cached -n 5 -m cuda and not alone tests/cuda\n"
 
 
+@pytest.mark.parametrize(
+    ("of_tests", "of_alone", "expected"), [("0", "5", 0), ("5", "0", 0), ("5", "5", 1), ("1", "5", 1)]
+)
+def test_a_selection_may_leave_one_kind_of_tests_out_but_not_both(
+    rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, of_tests: str, of_alone: str, expected: int
+) -> None:
+    monkeypatch.setenv("CODE_tests", of_tests)
+    monkeypatch.setenv("CODE_alone", of_alone)
+    assert run_it(rehearsed, monkeypatch, "--tools", "--pytest-args", "-k something") == expected
+
+
 def test_what_failed_is_told_and_the_rest_is_run(
     rehearsed: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +154,7 @@ def test_what_failed_is_told_and_the_rest_is_run(
     assert "racecheck 1 1 tests/cuda/test_sanitized.py" in printed  # the end of its log
     summary = printed[-4:]
     assert [line.split("(")[0].split(maxsplit=1)[1].strip() for line in summary] == [
-        "failed with exit code 1", "passed", "found errors", "failed with exit code 1",
+        "failed with exit code 1", "passed", "found errors", "passed",
     ]  # fmt: skip
 
 
