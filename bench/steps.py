@@ -1,7 +1,7 @@
 """Measures training iterations by phase: jointspar-lars, the plain dense step, and DDP with its hooks and top-k.
 
 Methods alternate within one job, in rounds. Prints a table for each model and number of ranks, and writes
-<date>-step.json and .png into --out; the same command on the same day replaces them.
+<date>-step.json and .png into --out; the same command on the same commit and day replaces them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from command_line import positive, refuse_beside_quick
 from jointspar.training.launch import ending_signals_raise
-from results import STEP_SCHEMA, Cell, new_record, refuse_beside_quick, save
+from results import STEP_SCHEMA, Cell, new_record, save
 from step.jobs import JobError, run
 from step.methods import METHODS
 from step.models import CASES
@@ -79,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--models", nargs="+", choices=CASES, default=list(MODELS), metavar="M", help=f"default {' '.join(MODELS)}"
     )
     parser.add_argument(
-        "--ranks", nargs="+", type=_positive, default=list(RANKS), metavar="N", help="one thread each; default 1 2 4"
+        "--ranks", nargs="+", type=positive, default=list(RANKS), metavar="N", help="one thread each; default 1 2 4"
     )
     parser.add_argument(
         "--methods",
@@ -89,8 +90,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"of {', '.join(METHODS)}",
     )
-    parser.add_argument("--rounds", type=_positive, default=3, help="samples of each method (default 3)")
-    parser.add_argument("--iterations", type=_positive, default=3, help="timed ones in a sample (default 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="samples of each method (default 3)")
+    parser.add_argument("--iterations", type=positive, default=3, help="timed ones in a sample (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default bench/results)")
     parser.add_argument(
         "--quick",
@@ -104,16 +105,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         options.models, options.ranks, options.rounds, options.iterations = [QUICK_MODEL], [QUICK_RANKS], 1, 1
     return options
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-_positive.__name__ = "positive number"  # what argparse calls the type when it refuses a value
 
 
 if __name__ == "__main__":

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from network.transfers import SHARE_OF_IDEAL
 from results import Cell, Record
+from step.summary import noisy
 
 STYLES = {
     "allreduce": ("#8a8f98", "-"), "ring": ("#1f3a5f", "-"), "ring_short": ("#1f3a5f", "--"),
     "two_shot": ("#d1603d", "-"), "two_shot_short": ("#d1603d", "--"),
 }  # fmt: skip
 ROLE_STYLES = {"ours": "-", "dense": "--", "compressed": ":", "floor": "-."}
+MARKERS = "osD^vPX*<>dph8"  # beside ten colours, so that no two methods look alike
 
 
 def draw_transfers(path: Path, record: Record, cells: Sequence[Cell]) -> Path | None:
@@ -51,9 +54,10 @@ def _draw_exchanges(axes: Axes, cells: Sequence[Cell]) -> None:
 
 
 def draw_iterations(path: Path, record: Record, cells: Sequence[Cell]) -> Path | None:
-    """Iterations a second of each method against the rate.
+    """Iterations a second of each method against the rate: median, and bars over the inner eight tenths of the rounds.
 
-    A row a model, a column a number of ranks. Writes <path>-iterations.png and returns that; None without such cells.
+    A hollow mark is a method whose forward pass, which all share, was unlike the others' there. A row a model, a column
+    a number of ranks. Writes <path>-iterations.png and returns that; None without such cells.
     """
     timed = [cell for cell in cells if cell["kind"] == "iterations"]
     if not timed:
@@ -64,18 +68,28 @@ def draw_iterations(path: Path, record: Record, cells: Sequence[Cell]) -> Path |
         shown = [cell for cell in timed if (cell["case"], cell["ranks"]) == (model, num_ranks)]
         _draw_methods(axes, sorted(shown, key=lambda cell: cell["gbits"]))
         axes.set_title(f"{model}; {num_ranks} ranks", loc="left", fontsize=9)
-    _explain(figure, record, "Who wins at which bandwidth: iterations a second")
+    _explain(figure, record, "Iterations a second: median, 10th to 90th percentile; hollow: disturbed by others")
     return _save(figure, path.with_name(f"{path.stem}-iterations.png"))
 
 
 def _draw_methods(axes: Axes, cells: Sequence[Cell]) -> None:
     roles = {row["variant"]: row["role"] for cell in cells for row in cell["variants"]}
-    for name, role in roles.items():
-        points = [(cell["gbits"], row) for cell in cells for row in cell["variants"] if row["variant"] == name]
-        rates = [1e3 / row["ms"]["median"] for _, row in points]
-        axes.plot([x for x, _ in points], rates, ROLE_STYLES[role], marker=".", label=name)
+    for index, (name, role) in enumerate(roles.items()):
+        points = [(cell, row) for cell in cells for row in cell["variants"] if row["variant"] == name]
+        x = np.array([cell["gbits"] for cell, _ in points]) * 1.012 ** (index - len(roles) / 2)  # side by side
+        low, middle, high = (
+            np.array([1e3 / row["ms"][which] for _, row in points]) for which in ("p90", "median", "p10")
+        )
+        style = dict(color=f"C{index % 10}", marker=MARKERS[index % len(MARKERS)], ms=5.5)
+        axes.errorbar(
+            x, middle, [middle - low, high - middle], ls=ROLE_STYLES[role], lw=1, elinewidth=1, label=name, **style
+        )
+        hollow = [i for i, (cell, _) in enumerate(points) if name in dict(noisy(cell))]
+        axes.plot(x[hollow], middle[hollow], ls="", mfc="white", zorder=3, **style)
     _name_rates(axes, cells)
     axes.set(yscale="log", ylabel="iterations / s")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
 
 
 def _name_rates(axes: Axes, cells: Sequence[Cell]) -> None:
@@ -86,7 +100,7 @@ def _name_rates(axes: Axes, cells: Sequence[Cell]) -> None:
 
 
 def _panels(rows: Sequence[str], ranks: Sequence[int]) -> tuple[Figure, dict[tuple[str, int], Axes]]:
-    figure = Figure(figsize=(max(1.5 + 4.5 * len(ranks), 9.0), 1.8 + 3.0 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(1.5 + 4.5 * len(ranks), 9.0), 2.1 + 3.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(ranks), squeeze=False)
     return figure, {(row, n): grid[i][j] for i, row in enumerate(rows) for j, n in enumerate(ranks)}

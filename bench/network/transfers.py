@@ -17,7 +17,9 @@ from network.launchers import Launcher
 from network.raw import measure
 
 _PROGRAM = Path(__file__).with_name("exchange_ranks.py")
-_SECONDS = 600.0  # that one job may take at 0.1 Gbit/s
+# What one job may take at 0.1 Gbit/s, several times what it does: to start, and for all exchanges of a megabyte.
+_START_SECONDS, _MEGABYTE_SECONDS = 300.0, 3.0
+_MODEL_MEGABYTES = 100.0  # of the largest model
 SHARE_OF_IDEAL = 1.15  # the goal: within 15 % of the ideal time
 
 Cell = dict[str, Any]  # one launcher, number of ranks, rate and kind of buffer, with its exchanges
@@ -37,7 +39,7 @@ def measure_exchanges(
         out = Path(folder) / "figures.json"
         program = [str(_PROGRAM), "--out", str(out), "--interface", INTERFACE, "--rounds", str(options.rounds)]
         program += ["--model", options.model, "--megabytes", *map(str, options.megabytes)]
-        hosts.run(launcher, program, timeout=_SECONDS * hosts.slowness, num_ranks=num_ranks)
+        hosts.run(launcher, program, timeout=_time_limit(options) * hosts.slowness, num_ranks=num_ranks)
         measured = json.loads(out.read_text())
     common = {
         "kind": "transfers",
@@ -48,6 +50,11 @@ def measure_exchanges(
     }
     for figures in measured["figures"]:
         yield {**common, "raw": dict(raw), **_cell(figures, num_ranks, raw["ring_gbits"])}
+
+
+def _time_limit(options: argparse.Namespace) -> float:
+    megabytes = sum(options.megabytes) + _MODEL_MEGABYTES
+    return _START_SECONDS + _MEGABYTE_SECONDS * megabytes * (options.rounds + 1)
 
 
 def _cell(figures: dict[str, Any], num_ranks: int, raw_gbits: float) -> Cell:

@@ -28,16 +28,21 @@ _SPEAKER_GRACE_SECONDS = 1.0
 class _Benchmark(NamedTuple):
     script: str  # in bench/ of a checkout; takes all further arguments
     help: str
+    packages: tuple[str, ...] = ("matplotlib", "tqdm")  # that it imports, beside the library's own
 
 
 _BENCHMARKS = {
-    "ops": _Benchmark("ops.py", "the operations against PyTorch, NumPy and the machine's limit"),
-    "backward": _Benchmark("step/active_backward.py", "forward and backward at several budgets: time, bytes kept"),
+    "ops": _Benchmark(
+        "ops.py",
+        "the operations against PyTorch, NumPy and the machine's limit",
+        ("matplotlib", "tqdm", "numba", "scipy", "pytest_benchmark"),
+    ),
+    "backward": _Benchmark("backward.py", "forward and backward at several budgets: time, bytes kept", ()),
     "step": _Benchmark("steps.py", "training iterations by phase, against DDP and its hooks: time, bytes sent"),
     "network": _Benchmark(
         "networks.py", "exchanges and iterations on links of several rates between hosts; needs root"
     ),
-    "compare": _Benchmark("compare.py", "two result files of ops, or of step: which ratios got worse"),
+    "compare": _Benchmark("compare.py", "two result files of ops, step or network: which ratios got worse", ()),
 }
 
 
@@ -185,10 +190,10 @@ def _reproduce(options: argparse.Namespace) -> int:
     return code
 
 
-def _require_packages(command: str, *names: str) -> None:
+def _require_packages(command: str, *names: str, extra: str = "train") -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise UsageError(f"jointspar {command}: needs {', '.join(missing)}: pip install 'jointspar[train]'")
+        raise UsageError(f"jointspar {command}: needs {', '.join(missing)}: pip install 'jointspar[{extra}]'")
 
 
 def _with_flag_names(message: str) -> str:
@@ -223,6 +228,7 @@ def _bench(name: str, arguments: Sequence[str]) -> int:
             f"jointspar bench {name}: needs a checkout of the sources, whose bench/ folder is not part of an "
             "installation: clone the repository and run it from there"
         )
+    _require_packages(f"bench {name}", *_BENCHMARKS[name].packages, extra="bench")
     search_path = [str(checkout / "python"), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     return _run_script([sys.executable, str(script), *arguments], environment)

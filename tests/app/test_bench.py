@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+import backward
 import compare
 import networks
 import ops as bench_ops
@@ -226,11 +227,12 @@ def test_operation_without_the_case_asked_for_is_refused(capsys: pytest.CaptureF
 def made_up(speedup: float = 3.0, of_limit: float | None = 0.9, **changes: Any) -> dict[str, Any]:
     """A result file of one operation."""
     rows = [
-        {"variant": "native", "role": "ours", "speedup": {"median": speedup},
+        {"variant": "native", "role": "ours", "ms": {"median": 1.0}, "speedup": {"median": speedup},
          "of_limit": None if of_limit is None else {"median": of_limit}},
-        {"variant": "foreach", "role": "peer", "speedup": {"median": 1.0}, "of_limit": None},
+        {"variant": "foreach", "role": "peer", "ms": {"median": speedup}, "speedup": {"median": 1.0}, "of_limit": None},
     ]  # fmt: skip
     cell = {"operation": "sum", "case": "tiny", "dtype": "float32", "threads": 1, "variants": rows}
+    cell["best_peer"] = "foreach"
     machine = {"processor": "P", "cores": 2}
     record = {"schema": SCHEMA, "quick": False, "rounds": 9, "machine": machine, "versions": {"torch": "2.13"}}
     return {**record, "cells": [cell], **changes}
@@ -272,13 +274,41 @@ def test_ratio_that_is_no_longer_measured_and_another_machine_are_noted(
     output = capsys.readouterr().out
     assert "no longer measured: sum, tiny, float32, threads 1, native, of_limit" in output
     assert "another processor: P -> Q" in output
+    assert "0 of 1 ratios are worse by more than 10%; 1 are no longer measured" in output
+
+
+def with_peer(record: dict[str, Any], name: str, ms: float) -> dict[str, Any]:
+    """The record with one peer more, which is its best."""
+    (cell,) = record["cells"]
+    ours = cell["variants"][0]
+    ours["speedup"] = {"median": ms / ours["ms"]["median"]}
+    peer = {"variant": name, "role": "peer", "ms": {"median": ms}, "speedup": {"median": 1.0}, "of_limit": None}
+    return {**record, "cells": [{**cell, "best_peer": name, "variants": [*cell["variants"], peer]}]}
+
+
+def test_both_files_are_compared_over_the_same_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """foreach takes 3 ms, compile 2, ours 1, later 1.4. Over each file's best peer it would seem to be faster."""
+    old, new = with_peer(made_up(of_limit=None), "compile", 2.0), made_up(of_limit=None)
+    new["cells"][0]["variants"][0] |= {"ms": {"median": 1.4}, "speedup": {"median": 3.0 / 1.4}}
+    assert compared(tmp_path, old, new) == 1
+    assert "native: 3 -> 2.14 over the best peer (-29%)" in capsys.readouterr().out
+    # A new and faster peer is no fault of ours.
+    assert compared(tmp_path, made_up(), with_peer(made_up(), "compile", 2.0)) == 0
+
+
+def test_a_peer_that_the_new_file_lacks_altogether_leaves_no_ratio_over_it(tmp_path: Path) -> None:
+    new = made_up()
+    del new["cells"][0]["variants"][1]
+    new["cells"][0]["best_peer"] = None
+    new["cells"][0]["variants"][0]["speedup"] = None
+    assert compared(tmp_path, made_up(), new) == 0
 
 
 def test_another_peer_rounds_and_torch_are_noted_and_what_is_not_a_number_is_worse(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, new = made_up(), made_up(float("nan"), rounds=3, versions={"torch": "3.0"})
-    old["cells"][0]["best_peer"], new["cells"][0]["best_peer"] = "foreach", "compiled"
+    old, new = made_up(), made_up(of_limit=float("nan"), rounds=3, versions={"torch": "3.0"})
+    new = with_peer(new, "compiled", 1.0)
     assert compared(tmp_path, old, new) == 1
     output = capsys.readouterr().out
     assert "another torch: 2.13 -> 3.0" in output
@@ -286,11 +316,61 @@ def test_another_peer_rounds_and_torch_are_noted_and_what_is_not_a_number_is_wor
     assert "another best peer of sum, tiny, float32, threads 1: foreach -> compiled" in output
 
 
-def test_results_replace_those_of_the_same_command_only(tmp_path: Path) -> None:
-    first, second = ({"date": "2026-01-02T03:04", "command": command} for command in ("bench a", "bench b"))
-    paths = [save(record, [], tmp_path, "step") for record in (first, second, first, second)]
+def written(**changes: Any) -> dict[str, Any]:
+    """What is known before a run's first measurement."""
+    versions = {"torch": "2.13"}
+    record = {"date": "2026-01-02T03:04", "command": "bench a", "commit": "abc", "quick": False, "versions": versions}
+    return {**record, **changes}
+
+
+@pytest.mark.parametrize(
+    ("record", "later"),
+    [
+        (written(), {}),  # the same run, a table later
+        (written(commit="abc+"), {}),
+        (written(commit=None), {}),
+        (written(), {"date": "2026-01-02T09:00"}),  # again on the same commit
+        (written(quick=True, commit="abc+"), {"date": "2026-01-02T09:00", "commit": "def"}),
+    ],
+)
+def test_results_replace_those_of_the_same_command_and_code(
+    tmp_path: Path, record: dict[str, Any], later: dict[str, Any]
+) -> None:
+    first, second = save(record, [], tmp_path, "step"), save({**record, **later}, [{"a": 1}], tmp_path, "step")
+    assert first == second == tmp_path / "2026-01-02-step.json"
+    assert json.loads(second.read_text())["cells"] == [{"a": 1}]
+    assert list(tmp_path.iterdir()) == [second]
+
+
+@pytest.mark.parametrize(
+    ("record", "later"),
+    [
+        (written(), {"command": "bench b"}),
+        (written(quick=True), {"command": "bench b"}),
+        (written(), {"date": "2026-01-02T09:00", "commit": "def"}),  # before and after a change
+        (written(commit="abc+"), {"date": "2026-01-02T09:00"}),  # who knows what was changed
+        (written(commit=None), {"date": "2026-01-02T09:00"}),
+        (written(), {"date": "2026-01-02T09:00", "versions": {"torch": "3.0"}}),
+    ],
+)
+def test_results_of_another_command_or_code_keep_their_file(
+    tmp_path: Path, record: dict[str, Any], later: dict[str, Any]
+) -> None:
+    paths = [save(what, [], tmp_path, "step") for what in (record, {**record, **later}, record, {**record, **later})]
     assert [path.name for path in paths] == ["2026-01-02-step.json", "2026-01-02-step-2.json"] * 2
-    assert [json.loads(path.read_text())["command"] for path in paths[:2]] == ["bench a", "bench b"]
+
+
+def test_backward_is_a_ratio_within_a_round() -> None:
+    cells = backward.cells_of({1.0: [1.0, 10.0, 100.0], 0.5: [0.8, 8.0, 70.0]}, {1.0: 400.0, 0.5: 300.0})
+    assert [cell["of_dense"]["median"] for cell in cells] == pytest.approx([1.0, 0.8])
+    assert [cell["saved_of_dense"] for cell in cells] == [1.0, 0.75]
+    assert backward.table(cells).splitlines()[2].split()[:5] == ["0.50", "8000.0", "ms", "0.800", "x"]
+
+
+def test_backward_needs_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        backward.main(["--rounds", "0"])
+    assert "invalid positive number value: '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

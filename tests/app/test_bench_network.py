@@ -23,6 +23,7 @@ from network import hosts as hosts_module
 from network import launchers, raw, training, transfers
 from network.hosts import INTERFACE, JobError, refusal, standing
 from network.launchers import Launcher
+from results import NETWORK_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND = """
@@ -211,7 +212,7 @@ def test_quick_run_exchanges_and_trains_between_hosts_and_writes_its_results(tmp
     assert cli.main(["bench", "network", "--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-network-quick.json")
     record = json.loads(path.read_text())
-    assert record["schema"] == networks.SCHEMA and record["quick"]
+    assert record["schema"] == NETWORK_SCHEMA and record["quick"]
     by_kind = {kind: [cell for cell in record["cells"] if cell["kind"] == kind] for kind in ("transfers", "iterations")}
     for cell in by_kind["transfers"]:
         assert sum(row["is_chosen"] for row in cell["exchanges"]) == 1
@@ -239,18 +240,24 @@ def timed(gbits: float, **ms: float) -> dict[str, Any]:
     return {"gbits": gbits, "variants": [{"variant": name, "ms": {"median": value}} for name, value in ms.items()]}
 
 
-def test_time_to_loss_is_iterations_to_the_loss_that_all_reach_times_time_of_an_iteration(
+def test_time_to_a_loss_is_iterations_to_it_times_time_of_an_iteration_for_each_loss_that_two_reach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(training, "SMOOTHING", 2)
-    curves = {"a": [5.0, 3.0, 1.0, 1.0], "b": [5.0, 4.0, 2.0, 2.0]}  # means of two: 4, 2, 1 and 4.5, 3, 2
-    cell = training.times_to_loss(curves, [timed(1.0, a=10.0, b=20.0), timed(0.1, a=30.0, b=25.0)])
-    assert cell["loss"] == 2.0
-    assert cell["iterations"] == {"a": 3, "b": 4}
-    assert cell["seconds"] == {"a": {"1": 0.03, "0.1": 0.09}, "b": {"1": 0.08, "0.1": 0.1}}
+    # means of two: 4, 2, 1; 4.5, 3, 2; 4.5, 4, 3.5
+    curves = {"a": [5.0, 3.0, 1.0, 1.0], "b": [5.0, 4.0, 2.0, 2.0], "c": [5.0, 4.0, 4.0, 3.0]}
+    cells = [timed(1.0, a=10.0, b=20.0, c=10.0), timed(0.1, a=30.0, b=25.0, c=10.0)]
+    cell = training.times_to_loss(curves, cells)
+    assert [target["loss"] for target in cell["targets"]] == [3.5, 2.0]
+    assert [target["iterations"] for target in cell["targets"]] == [
+        {"a": 3, "b": 3, "c": 4}, {"a": 3, "b": 4, "c": None},
+    ]  # fmt: skip
+    assert cell["targets"][1]["seconds"] == {"a": {"1": 0.03, "0.1": 0.09}, "b": {"1": 0.08, "0.1": 0.1}}
     run = {"losses": curves["b"], "seconds": [1.0, 2.0, 3.0, 4.0], "gbits": 0.1}
-    check = training.check(cell, "b", run)
-    assert (check["promised_seconds"], check["measured_seconds"]) == (0.1, 4.0)
+    reached = training.check(cell, "b", run)["reached"]
+    assert [(row["promised_seconds"], row["measured_seconds"]) for row in reached] == [(0.075, 3.0), (0.1, 4.0)]
+    cell["check"] = training.check(cell, "b", run)
+    assert training.loss_table(cell).count("check: b in full") == 2
     assert training.iterations_to(curves["a"], 0.5) is None
 
 

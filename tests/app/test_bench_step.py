@@ -17,7 +17,7 @@ from PIL import Image
 import compare
 import steps
 from jobs import environment, find_launcher, run_job
-from results import SCHEMA, STEP_SCHEMA
+from results import NETWORK_SCHEMA, SCHEMA, STEP_SCHEMA
 from step import jobs as step_jobs
 from step.methods import METHODS, PHASES, Laps
 from step.summary import cell_of, table
@@ -115,10 +115,11 @@ def test_phases_add_up_whatever_is_moved() -> None:
 
 def record_of(speedup: float, of_plain: float, schema: str = STEP_SCHEMA) -> dict[str, Any]:
     rows = [
-        {"variant": "stratified_0.5", "role": "ours", "speedup": {"median": speedup}, "of_plain": {"median": of_plain}},
-        {"variant": "ddp", "role": "dense", "speedup": {"median": 1.0}, "of_plain": None},
-    ]
-    cell = {"model": "resnet18", "ranks": 2, "variants": rows}
+        {"variant": "stratified_0.5", "role": "ours", "ms": {"median": 1.0}, "speedup": {"median": speedup},
+         "of_plain": {"median": of_plain}},
+        {"variant": "ddp", "role": "dense", "ms": {"median": speedup}, "speedup": {"median": 1.0}, "of_plain": None},
+    ]  # fmt: skip
+    cell = {"model": "resnet18", "ranks": 2, "best_dense": "ddp", "variants": rows}
     made_with = {"machine": {"processor": "P", "cores": 2}, "versions": {"torch": "2.13"}}
     return {"schema": schema, "quick": False, "rounds": 3, **made_with, "cells": [cell]}
 
@@ -139,6 +140,27 @@ def test_compare_names_ratios_of_steps_that_fell_by_more_than_a_tenth(
     output = capsys.readouterr().out
     assert "WORSE  resnet18, ranks 2, stratified_0.5: 1.2 -> 0.9 over the best peer (-25%)" in output
     assert "WORSE  resnet18, ranks 2, stratified_0.5: 0.98 -> 0.49 of the plain step's speed (-50%)" in output
+
+
+def test_compare_takes_network_files_by_rate_and_by_what_auto_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(speedup: float, of_ideal: float) -> dict[str, Any]:
+        made = record_of(speedup, 1.0, schema=NETWORK_SCHEMA)
+        made["cells"][0] |= {"kind": "iterations", "gbits": 0.3}
+        exchanges = [
+            {"exchange": "ring", "is_chosen": True, "of_ideal": {"median": of_ideal}},
+            {"exchange": "allreduce", "is_chosen": False, "of_ideal": {"median": 9 * of_ideal}},
+        ]
+        transfers = {"kind": "transfers", "launcher": "mpich", "ranks": 2, "gbits": 0.3, "what": "dense"}
+        made["cells"] += [{**transfers, "full_bytes": 4e6, "exchanges": exchanges}, {"kind": "time to loss"}]
+        return made
+
+    assert compared(tmp_path, record(1.2, 1.0), record(1.1, 1.1)) == 0
+    assert compared(tmp_path, record(1.2, 1.0), record(0.9, 1.25)) == 1
+    output = capsys.readouterr().out
+    assert "WORSE  resnet18, ranks 2, 0.3 Gbit/s, stratified_0.5: 1.2 -> 0.9 over the best peer (-25%)" in output
+    assert "WORSE  mpich, ranks 2, 0.3 Gbit/s, 4 MB dense, auto: 1 -> 0.8 of the link's speed (-20%)" in output
 
 
 def test_files_of_two_benchmarks_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

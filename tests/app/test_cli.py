@@ -117,6 +117,13 @@ def test_bench_outside_a_checkout_says_what_it_needs(
     assert "needs a checkout" in refused(capsys, "bench", name, "--quick")
 
 
+def test_bench_names_the_packages_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("scipy", "numba") else name)
+    assert "needs numba, scipy: pip install 'jointspar[bench]'" in refused(capsys, "bench", "ops", "--quick")
+
+
 def test_bench_hands_all_further_arguments_to_the_script_and_returns_its_code(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

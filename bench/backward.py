@@ -5,56 +5,33 @@
 Budgets alternate within one process in a new order each round, and times are the median of rounds, ratios of ratios
 within a round, so that they hold although a shared machine drifts. The step itself (pack, exchange, update) is not part
 of the time. Bytes are those of the distinct storages that autograd saves for the backward pass, parameters left out,
-averaged over draws.
+averaged over draws. Prints a table and writes <date>-backward.json into --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import operator
 import random
 import statistics
+import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 import jointspar as js
+from alternate import spread
+from command_line import positive
 from jointspar.training.models import build_model
+from results import Cell, new_record, save
+from step.models import Transformer
 
+SCHEMA = "jointspar-bench-backward/1"
 BUDGETS = (1.0, 0.5, 0.25)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.heads = heads
-        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        parts = self.query_key_value(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """A small causal language model: 6 blocks of width 192."""
-
-    def __init__(self, vocabulary: int = 512, width: int = 192, depth: int = 6) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.blocks = nn.Sequential(*(Block(width, 6) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.blocks(self.embed(tokens)))).flatten(0, 1)
+RESULTS = Path(__file__).with_name("results")
 
 
 def iterate(model: nn.Module, optimizer: js.JointSparSGD, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -124,24 +101,50 @@ def transformer_bytes(draws: int) -> dict[float, float]:
     return means
 
 
-def main() -> None:
+def cells_of(seconds: Mapping[float, Sequence[float]], saved: Mapping[float, float]) -> list[Cell]:
+    """Of each budget: ms, time over that of budget 1 in the same round, bytes saved, and their share of budget 1's."""
+    times = {budget: np.array(rounds) for budget, rounds in seconds.items()}
+    return [
+        {
+            "budget": budget,
+            "ms": spread(1e3 * rounds)._asdict(),
+            "of_dense": spread(rounds / times[1.0])._asdict(),
+            "saved_bytes": saved[budget],
+            "saved_of_dense": saved[budget] / saved[1.0],
+        }
+        for budget, rounds in times.items()
+    ]
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """A line a budget; times are medians, ratios with the 10th and 90th percentile."""
+    lines = [f"{'budget':>6}  {'resnet18 forward+backward':>40}  {'transformer, saved for backward':>32}"]
+    for cell in cells:
+        ratio = cell["of_dense"]
+        lines.append(
+            f"{cell['budget']:6.2f}  {cell['ms']['median']:12.1f} ms  "
+            f"{ratio['median']:6.3f} x [{ratio['p10']:.3f}, {ratio['p90']:.3f}]"
+            f"  {cell['saved_bytes'] / 2**20:18.2f} MiB  {cell['saved_of_dense']:6.3f} x"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark of a command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jointspar bench backward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=12)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=positive, default=12)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default bench/results)")
+    options = parser.parse_args(arguments)
+    options.quick = False
+    record = new_record("backward", sys.argv[1:] if arguments is None else arguments, options, {}, schema=SCHEMA)
     torch.set_num_threads(1)
-    seconds, saved = time_resnet18(rounds), transformer_bytes(4 * rounds)
-    print(f"{'budget':>6}  {'resnet18 forward+backward':>26}  {'transformer, saved for backward':>32}")
-    for budget in BUDGETS:
-        milliseconds = 1e3 * statistics.median(seconds[budget])
-        time_ratio = statistics.median(map(operator.truediv, seconds[budget], seconds[1.0]))
-        byte_ratio = saved[budget] / saved[1.0]
-        print(
-            f"{budget:6.2f}  {milliseconds:12.1f} ms  {time_ratio:6.3f} x"
-            f"  {saved[budget] / 2**20:18.2f} MiB  {byte_ratio:6.3f} x"
-        )
+    cells = cells_of(time_resnet18(options.rounds), transformer_bytes(4 * options.rounds))
+    print(table(cells))
+    print(f"wrote {save(record, cells, options.out, 'backward')}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
