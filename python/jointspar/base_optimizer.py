@@ -75,6 +75,7 @@ class JointSparOptimizer(SavedOptimizer):
         self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged: Exchanged | None = None
+        self._checkpoint_directories = set()
         self._make_pipeline = partial(
             Pipeline,
             layers,
@@ -172,6 +173,7 @@ class JointSparOptimizer(SavedOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
         self._pipeline.backward.check_owner()
+        self._hyper.follow(self.param_groups)
         check_kind("closure", closure, "a function", closure is None or callable(closure))
         if max_norm is not None and self._exchanged is not None:
             raise ValueError("max_norm: the gradients were exchanged already; give it to synchronize()")
@@ -207,6 +209,7 @@ class JointSparOptimizer(SavedOptimizer):
         """
         if self._exchanged is not None:
             raise JointSparError("synchronize() was called twice without a step() between")
+        self._hyper.follow(self.param_groups)
         self._exchange_gradients(max_norm, is_looked_at=True)
 
     def count_flops(self, model: torch.nn.Module, *inputs: Any) -> None:

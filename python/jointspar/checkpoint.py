@@ -51,14 +51,15 @@ def save(
     """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
 
     Args:
-        directory: made where it is missing; a file system that all ranks see.
+        directory: made where it is missing; a file system that all ranks see. One for each optimizer.
         optimizer: JointSparLARS or JointSparSGD, outside of a synchronize/step pair.
         keep: how many checkpoints stay; older ones are deleted after this one is complete.
 
     Returns: the checkpoint's folder.
     Raises: DesyncError where another rank does something else, OSError where the folder cannot be written, TypeError
     for `extra` or scheduler state that JSON cannot hold or a model's state that is no tensor, ValueError for more than
-    32 MiB of JSON, CheckpointError where the folder holds later steps.
+    32 MiB of JSON, CheckpointError where the directory holds later steps, or checkpoints that this optimizer has
+    neither saved nor loaded: another optimizer's, or another run's.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not at least 1")
@@ -68,7 +69,7 @@ def save(
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
-    _refuse_later(directory, final)
+    _refuse_others(directory, final, optimizer._checkpoint_directories)
     settings = {
         "param_groups": to_json(state["param_groups"]),
         "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
@@ -92,6 +93,7 @@ def save(
         for old in _checkpoints(directory)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     optimizer.meet(Op.SAVE)  # it has its name
+    optimizer._checkpoint_directories.add(directory.resolve())
     return final
 
 
@@ -103,7 +105,9 @@ def load(
     A damaged checkpoint is passed over with a warning for the one before it, and renamed `unusable-...`; one of a later
     version, or that cannot be read at the moment (permissions, a file system that is away), is refused. Another world
     size is refused with strategy="independent", whose probabilities are each rank's own, and with an exchange whose
-    state is; otherwise rank 0's buffers, probabilities and random state go to every rank.
+    state is; otherwise rank 0's buffers and probabilities go to every rank, and torch's random numbers are seeded from
+    rank 0's state, others on each rank. A schedule that counts steps, as `linear_scaling_warmup`, does not fit then:
+    leave `scheduler` out, build it for the new number of ranks, and step it to where training is.
 
     Files of strangers run no code: only plain files of the names that `save` gives are opened, and read as numbers.
 
@@ -135,9 +139,13 @@ def load(
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
     optimizer.load_state_dict(state)
-    torch.set_rng_state(own["random_state"])
-    if (device := _device_of(model)) is not None and "device_random_state" in own:
-        torch.cuda.set_rng_state(own["device_random_state"], device)
+    if manifest["world_size"] == optimizer.comm.world_size:
+        torch.set_rng_state(own["random_state"])
+        if (device := _device_of(model)) is not None and "device_random_state" in own:
+            torch.cuda.set_rng_state(own["device_random_state"], device)
+    else:  # every rank read rank 0's; alike on all ranks, dropout and augmentation would be the same on all
+        torch.manual_seed(stable_hash([own["random_state"], np.array(optimizer.comm.rank)]))
+    optimizer._checkpoint_directories.add(Path(directory).resolve())
     return extra
 
 
@@ -242,11 +250,22 @@ def _publish(partial: Path, final: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _refuse_later(directory: Path, final: Path) -> None:
-    """Later checkpoints are another run's, and would be loaded instead; unreadable ones are passed over anyway."""
+def _refuse_others(directory: Path, final: Path, own: set[Path]) -> None:
+    """What is not this optimizer's would be replaced, deleted or loaded in place of it.
+
+    Later checkpoints are another run's in any case; unreadable ones are passed over anyway.
+    """
     for folder in _checkpoints(directory):
-        if folder.name > final.name and (folder / _MANIFEST).exists():
-            raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
+        if (folder / _MANIFEST).exists():
+            if folder.name > final.name:
+                raise CheckpointError(
+                    f"{directory}: holds the later {folder.name}: load it, or save in another directory"
+                )
+            if directory.resolve() not in own:
+                raise CheckpointError(
+                    f"{directory}: holds {folder.name} of another optimizer or run: load it, or save in another "
+                    "directory"
+                )
 
 
 def _sealed(manifest: dict[str, Any]) -> bytes:

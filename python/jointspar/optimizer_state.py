@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class SavedOptimizer(torch.optim.Optimizer):
     _update: LarsUpdate | SgdUpdate
     _pipeline: Pipeline
     _exchanged: Exchanged | None  # between synchronize() and step()
+    _checkpoint_directories: set[Path]  # resolved, which `jointspar.checkpoint` wrote or read for this optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuses copy.deepcopy and pickle: a copy would meet no other rank's."""

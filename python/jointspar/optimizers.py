@@ -24,10 +24,20 @@ class JointSparLARS(JointSparOptimizer):
 
     Collective: every rank builds it with the same arguments, of the bare model (DistributedDataParallel around it would
     wait for gradients that are not computed), where it will stay (after `model.to`). Rank 0's weights go to all ranks,
-    those that are given here; buffers and parameters left out are the user's to make alike. Toggles requires_grad of
-    the parameters (`release()` gives it back until the next step); a copy of the model that is made meanwhile has the
-    flags of that moment. Kernels write parameters in place, and momenta, which `state` shows: zero them there to begin
-    anew. An active parameter without a gradient has one of zeros, so that momentum and weight decay move it.
+    those that are given here; buffers and parameters left out are the user's to make alike. Kernels write parameters in
+    place, and momenta, which `state` shows: zero them there to begin anew. An active parameter without a gradient has
+    one of zeros, so that momentum and weight decay move it.
+
+    Toggles requires_grad of the parameters: between steps it is True on the active layers of the coming iteration only,
+    and a copy of the model that is made meanwhile has the flags of that moment. So choose by requires_grad (what to
+    average, save, or give to another optimizer) and register hooks on parameters before the optimizer is built, or
+    after `release()`, which gives the flags back until the next step; freeze and thaw by `set_trainable`. Ask
+    `torch.autograd.grad` for a parameter's gradient only while its layer is active. Losses of separate parts of a model
+    are added up before one backward, since a part whose layers are all inactive has none; where losses leave parts out
+    by turns, `zero_grad` with set_to_none=True, the default. Write weights under `torch.no_grad()`: what goes through
+    `.data` is not noticed, and LARS's norm of these weights is old for a step. Build it after
+    `load_state_dict(assign=True)`; to swap parameters (`torch.__future__.set_swap_module_params_on_conversion`) is not
+    possible while it lives.
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.

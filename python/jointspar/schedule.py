@@ -26,8 +26,10 @@ def linear_scaling_warmup(
     from base_lr to peak; a global batch of at most `reference_batch` has peak <= base_lr and starts at peak. At
     each milestone (epochs) the rate is multiplied by `gamma`. Call `step()` once after each optimizer step.
 
-    Mutates the `lr` and `initial_lr` of every param group. The state_dict holds plain numbers only, so it can be
-    written as JSON; build the schedule with the same arguments before loading it.
+    Mutates the `lr` and `initial_lr` of every param group: all have the same rate from then on. The state_dict holds
+    plain numbers only, so it can be written as JSON; build the schedule with the same arguments before loading it. On
+    another number of ranks, whose epochs have other numbers of steps, build it anew instead and call `step()` as often
+    as steps would have been made.
     Raises ValueError naming the argument.
     """
     _check_positive(base_lr=base_lr, world_size=world_size, local_batch=local_batch, gamma=gamma)

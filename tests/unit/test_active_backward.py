@@ -1,5 +1,7 @@
 """Only wanted parameters get gradients, and requires_grad is given back."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -77,10 +79,56 @@ def test_freezing_and_thawing_by_the_user_is_honoured():
     backward.activate(np.array([True, False, True]))
     parameters[0].requires_grad_(False)
     parameters[2].requires_grad_(True)
-    backward.observe()
+    with pytest.warns(UserWarning, match="cleared"):  # parameter 1 is inactive
+        backward.observe()
     assert backward.trainable.tolist() == [False, True, True]
     backward.activate(np.ones(3, dtype=bool))
     assert flags(parameters) == [False, True, True]
+
+
+def test_freezing_by_flag_warns_once_where_inactive_layers_would_be_missed():
+    _, parameters = make()
+    backward = ActiveBackward(parameters)
+    parameters[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward.observe()  # all are active, so all that was meant is seen
+    backward.activate(np.array([False, True, False]))
+    parameters[1].requires_grad_(False)  # and 2, whose flag is off already
+    with pytest.warns(UserWarning, match="inactive in this step.*go on training.*set_trainable"):
+        backward.release()
+    assert backward.trainable.tolist() == [False, False, True]
+    backward.set_trainable([1], True)
+    backward.activate(np.array([False, True, False]))
+    parameters[1].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward.observe()
+
+
+def test_freezing_in_both_ways_at_once_is_no_reason_to_warn():
+    _, parameters = make()
+    backward = ActiveBackward(parameters)
+    backward.activate(np.array([True, False, True]))
+    backward.set_trainable([0, 1], False)
+    parameters[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward.observe()
+
+
+def test_a_new_owner_of_the_active_parameters_alone_is_warned_of():
+    _, parameters = make()
+    before = ActiveBackward(parameters)
+    before.activate(np.array([True, False, True]))
+    with pytest.warns(UserWarning, match=r"will not train: call its release\(\)"):
+        after = ActiveBackward([parameter for parameter in parameters if parameter.requires_grad])
+    assert flags(parameters) == [True, True, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        after.activate(np.array([True, False]))
+        ActiveBackward(parameters[2:])  # what is active is left out too, so it was meant
+        ActiveBackward(parameters)
 
 
 def test_set_trainable_freezes_inactive_parameters_too():

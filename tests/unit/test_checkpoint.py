@@ -243,6 +243,34 @@ def test_a_run_does_not_save_below_the_later_steps_of_another(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
+def test_two_optimizers_do_not_share_a_directory(tmp_path):
+    """As of a GAN whose halves have the same shapes: each would replace the other's, and load it as its own."""
+    (first, optimizer, _), (second, other, _) = make(), make(seed=1)
+    js.checkpoint.save(tmp_path, model=first, optimizer=optimizer)
+    before = everything(first, optimizer)
+    with pytest.raises(CheckpointError, match="holds step-00000000 of another optimizer or run"):
+        js.checkpoint.save(tmp_path, model=second, optimizer=other)
+    js.checkpoint.load(tmp_path, model=first, optimizer=optimizer)
+    assert_equal(before, everything(first, optimizer))
+    js.checkpoint.save(tmp_path / "other", model=second, optimizer=other)
+
+
+def test_a_run_that_loaded_an_earlier_one_saves_beside_it(tmp_path, monkeypatch):
+    model, optimizer, scheduler = make()
+    train(model, optimizer, scheduler, 2)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    model, optimizer, scheduler = make(seed=1)
+    train(model, optimizer, scheduler, 3)
+    with pytest.raises(
+        CheckpointError, match="another optimizer or run"
+    ):  # later than the other's, and not its successor
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    monkeypatch.chdir(tmp_path)
+    js.checkpoint.load(".", model=model, optimizer=optimizer)
+    train(model, optimizer, scheduler, 1)
+    assert js.checkpoint.save(tmp_path, model=model, optimizer=optimizer).name == "step-00000003"
+
+
 def test_after_a_fall_back_saving_goes_on(tmp_path):
     model, optimizer, scheduler = make()
     for steps in (1, 3):
@@ -307,6 +335,21 @@ def test_another_number_of_ranks_goes_on_from_what_rank_0_had(tmp_path, strategy
     weights = [[tensor for tensor in later[0] if tensor.ndim == 2] for _, later in loaded]
     assert all(torch.equal(a, b) for other in weights for a, b in zip(weights[0], other, strict=True))
     assert not torch.equal(weights[0][0], saved[0][0])
+
+
+def test_on_another_number_of_ranks_each_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    """With rank 0's on all of them dropout would leave out the same on each."""
+
+    def build():
+        model = nn.Linear(3, 4)
+        return {"model": model, "optimizer": js.JointSparLARS(model.named_parameters())}
+
+    js.comm.run_simulated(2, lambda _: js.checkpoint.save(tmp_path, **build()))
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for _ in range(2):
+        js.comm.run_simulated(3, lambda _: js.checkpoint.load(tmp_path, **build()))
+    assert len(set(seeds)) == 3 and sorted(seeds[:3]) == sorted(seeds[3:])
 
 
 def test_another_number_of_ranks_is_refused_where_each_has_probabilities_of_its_own(tmp_path):

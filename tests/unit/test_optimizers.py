@@ -641,6 +641,19 @@ def test_parameter_groups_stay_as_they_were_given():
     assert scheduler.get_last_lr() == pytest.approx([0.1, 0.6, 0.9])
 
 
+def test_a_replaced_list_of_parameter_groups_counts():
+    """torch's own optimizers read `self.param_groups`, which some wrappers assign."""
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters(), lr=0.3, momentum=0.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.param_groups = [dict(group, lr=0.0) for group in optimizer.param_groups]
+    train(model, optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.param_groups = [dict(optimizer.param_groups[0], params=list(model[0].parameters()))]
+    with pytest.raises(ValueError, match="param_groups: were replaced by groups of other parameters"):
+        optimizer.step()
+
+
 def test_compiled_blocks_train_as_plain_ones():
     """Each is compiled once for each set of its layers that is active."""
     models = [nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5))) for _ in range(2)]
@@ -683,6 +696,22 @@ def test_bfloat16_models_keep_float32_momentum():
         torch.equal(other.state[p]["momentum_buffer"], m)
         for p, m in zip(other.param_groups[0]["params"], momenta, strict=True)
     )
+
+
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+def test_gradients_of_1x1_kernels_are_packed_as_they_lie_whatever_their_strides_of_size_1_are(monkeypatch, backend):
+    """A contiguous model that is fed channels_last images gets such gradients: another order in name only."""
+    monkeypatch.setenv("JOINTSPAR_BACKEND", backend)
+    parameters = [nn.Parameter(torch.randn(5, 3, 1, 1)), nn.Parameter(torch.randn(4, 3))]
+    optimizer = js.JointSparSGD(parameters, lr=1.0, momentum=0.0, weight_decay=0.0, sampling=ALL)
+    before = parameters[0].detach().clone()
+    grad = torch.randn(5, 3, 1, 1).to(memory_format=torch.channels_last)
+    assert grad.stride() != parameters[0].stride()
+    parameters[0].grad, parameters[1].grad = grad, torch.zeros(4, 3)
+    packer = optimizer._pipeline.packer
+    assert packer._grad(0) is grad
+    optimizer.step()
+    torch.testing.assert_close(parameters[0], before - grad)
 
 
 def test_channels_last_models_train_as_contiguous_ones():

@@ -33,6 +33,7 @@ class ActiveBackward:
         owners = [_owners[parameter]() for parameter in parameters if parameter in _owners]
         before = [owner for owner in owners if owner is not None]
         for owner in before:
+            owner._warn_of_left_out(parameters)
             owner.release()
         self._is_superseded = False
         self._parameters = parameters
@@ -44,7 +45,7 @@ class ActiveBackward:
         self._is_reached = self.trainable.copy()  # whether every loss so far depended on it, as far as is known
         self._note: weakref.WeakMethod[Callable[[int], None]] | None = None
         self._watched: dict[int, RemovableHandle] = {}
-        self._has_warned = False
+        self._warned_of: set[str] = set()
         if not self.trainable.any():
             raise ValueError("params: every parameter has requires_grad=False, nothing to train")
         for owner in before:
@@ -79,13 +80,24 @@ class ActiveBackward:
     def observe_flags(self) -> None:
         """The first half of `observe`, which may come before the last gradient."""
         self.check_owner()
-        found = np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
-        changed = found != self._as_set
-        if not self._has_warned and (changed & found & self._trainable_before).any():
-            self._has_warned = True
-            warn_user(
+        found = self._found_flags()
+        if (found & ~self._as_set & self._trainable_before).any():
+            self._warn_once(
                 "requires_grad was set on parameters of layers that are inactive in this step: what backward computes "
-                "for them is dropped, and no time saved. Freeze and thaw by optimizer.set_trainable",
+                "for them is dropped, and no time saved. Freeze and thaw by optimizer.set_trainable"
+            )
+        self._take_over(found)
+
+    def _found_flags(self) -> np.ndarray:
+        return np.array([parameter.requires_grad for parameter in self._parameters], dtype=bool)
+
+    def _take_over(self, found: np.ndarray) -> None:
+        changed = found != self._as_set
+        if (changed & ~found & self.trainable).any() and (self.trainable & ~self._as_set).any():
+            self._warn_once(
+                "requires_grad was cleared on parameters, which are frozen from now on; of layers that are inactive in "
+                "this step, whose flags are off already, nobody can tell, and they go on training. Freeze and thaw by "
+                "optimizer.set_trainable"
             )
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
@@ -129,10 +141,24 @@ class ActiveBackward:
         if self._is_superseded:
             return
         _remove(self._watched)
-        has_warned, self._has_warned = self._has_warned, True  # of a step that may not come
-        self.observe_flags()
-        self._has_warned = has_warned
+        self._take_over(self._found_flags())
         _give_back(self._parameters, self.trainable, self._as_set)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned_of:
+            self._warned_of.add(message)
+            warn_user(message)
+
+    def _warn_of_left_out(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Before another owner takes `parameters`: all that it could choose by requires_grad may be the active ones."""
+        taken = {id(parameter) for parameter in parameters}
+        is_left_out = np.array([id(parameter) not in taken for parameter in self._parameters], dtype=bool)
+        is_off = self.trainable & ~self._as_set
+        if (is_left_out & is_off).any() and not (is_left_out & self._as_set).any():
+            warn_user(
+                "layers that are inactive under the optimizer before are not among the new one's parameters and will "
+                "not train: call its release() before choosing parameters by requires_grad"
+            )
 
     def _watch_differentiable(self) -> None:
         """A parameter takes a hook only while it is differentiable, and keeps it."""

@@ -169,7 +169,7 @@ class Packer:
         if grad.layout is not torch.strided:
             name = self._names[position]
             raise ValueError(f"{name} has a sparse gradient; use a dense one (Embedding(sparse=False))")
-        if grad.stride() != parameter.stride():
+        if not _has_same_order(grad, parameter):
             grad = torch.empty_like(parameter, dtype=grad.dtype, requires_grad=False).copy_(grad)
         return grad
 
@@ -180,8 +180,17 @@ class Packer:
         warn_user(
             f"{self._names[position]} was active but got no gradient: it counts as zero, so that momentum and weight "
             "decay still move it. Right if the loss does not depend on it in this step; wrong inside "
-            "torch.utils.checkpoint with use_reentrant=True (pass False)"
+            "torch.utils.checkpoint with use_reentrant=True (pass False), or where the model has other parameters now "
+            "(load_state_dict(assign=True): build the optimizer after it)"
         )
+
+
+def _has_same_order(grad: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether elements lie in memory alike: dimensions of size 1 may have any stride (1x1 kernels in channels_last)."""
+    if grad.stride() == parameter.stride():
+        return True
+    pairs = zip(grad.stride(), parameter.stride(), parameter.shape, strict=True)
+    return all(mine == other for mine, other, size in pairs if size != 1)
 
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]:

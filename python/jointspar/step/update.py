@@ -31,8 +31,16 @@ class HyperParameters:
         for group_index, group in enumerate(param_groups):
             for parameter in group["params"]:
                 self._group_of[position_of[id(parameter)]] = group_index
+        self._members = _members(param_groups)
         self._is_vector = np.array([parameter.ndim <= 1 for parameter in parameters], dtype=bool)
         self.refresh()
+
+    def follow(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Read these groups from now on, where somebody replaced the list. Raises ValueError for other members."""
+        if param_groups is not self._groups:
+            if _members(param_groups) != self._members:
+                raise ValueError("param_groups: were replaced by groups of other parameters: build a new optimizer")
+            self._groups = param_groups
 
     def refresh(self) -> None:
         """Take over what the groups hold now. Raises ValueError for a setting that no update could use."""
@@ -61,6 +69,10 @@ class HyperParameters:
     def treated_as_vectors(self, positions: np.ndarray) -> np.ndarray:
         """bool [len(positions)]: tensors of one dimension in groups that leave those out of LARS and decay."""
         return self._is_vector[positions] & (self._table[self._group_of[positions], -1] == 0.0)
+
+
+def _members(param_groups: Sequence[dict[str, Any]]) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in param_groups]
 
 
 def check_hyperparameters(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
