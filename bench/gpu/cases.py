@@ -124,11 +124,18 @@ def pack_case(wire: torch.dtype, name: str, backends: list[str], compiled: bool)
             torch.mul(grad, SCALE, out=target)
         return torch._foreach_norm(tensors.grads)
 
+    def concatenated() -> list[torch.Tensor]:
+        torch.cat([grad.flatten() for grad in tensors.grads], out=packed)
+        packed.mul_(SCALE)
+        return torch._foreach_norm(tensors.grads)
+
     variants: dict[str, Call] = {
         "torch loop": lambda: naive(tensors.grads, slices),
         "torch _foreach_": foreach,
         "torch mul(out=)": preallocated,
     }
+    if wire == torch.float32:
+        variants["torch cat(out=)"] = concatenated
     if compiled:
         variants |= by_compiler(naive, tensors.grads, slices)
     variants |= by_backends(backends, "", lambda: ops.pack_gradients(tensors.grads, SCALE, out=packed))

@@ -10,7 +10,14 @@ import torch
 from bench.gpu.cases import Case, check
 from bench.gpu.launches import kernel_names
 from bench.gpu.report import Record
-from bench.gpu.timing import Call, device_milliseconds, graph_milliseconds, wall_milliseconds
+from bench.gpu.timing import (
+    MOST_LAUNCHES,
+    Call,
+    captured,
+    device_milliseconds,
+    graph_milliseconds,
+    wall_milliseconds,
+)
 from bench.gpu.update_cases import all_cases
 
 LAUNCH_BOUND = "161 x 64"  # where the time from the host's first call to the device's last kernel is what counts
@@ -34,7 +41,10 @@ def records_of(make: Callable[[], Case], rounds: int) -> Iterator[Record]:
     case = make()
     check(case)
     variants = case.variants if case.shapes == LAUNCH_BOUND else case.variants | {COPY: copy_of(case.num_bytes)}
-    milliseconds = device_milliseconds(variants, rounds=rounds)
+    launches = {name: len(kernel_names(call)) for name, call in variants.items()}
+    are_captured = {name for name, number in launches.items() if number > MOST_LAUNCHES}
+    timed = {name: captured(call) if name in are_captured else call for name, call in variants.items()}
+    milliseconds = device_milliseconds(timed, rounds=rounds)
     for name, call in variants.items():
         record: Record = {"operation": case.operation, "shapes": case.shapes, "variant": name}
         record |= {
@@ -42,7 +52,7 @@ def records_of(make: Callable[[], Case], rounds: int) -> Iterator[Record]:
             "milliseconds": milliseconds[name],
             "is_floor": name in case.floors | {COPY},
         }
-        record["launches"] = len(kernel_names(call))
+        record |= {"launches": launches[name], "is_captured": name in are_captured}
         if case.shapes == LAUNCH_BOUND:
             record["wall_milliseconds"] = wall_milliseconds(call, rounds=rounds, calls=20)
             if name.startswith("native"):

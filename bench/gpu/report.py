@@ -66,7 +66,7 @@ def operations_table(records: Sequence[Record], copy: dict[str, float] | None) -
             f"{per_second / copy['median']:.2f}" if copy else "",
             f"{min(copies) / milliseconds['median']:.2f}" if copies else "",
             f"{min(peers) / milliseconds['median']:.2f}" if peers else "",
-            str(record["launches"]),
+            f"{record['launches']}{', in a graph' * record.get('is_captured', False)}",
             *(with_spread(record[key]) if key in record else "" for key in ("wall_milliseconds", "graph_milliseconds")),
         ])  # fmt: skip
     head = ["operation", "tensors", "variant", "device ms (p10 to p90)", "GB/s", "of copy", "of a copy alike",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 Call = Callable[[], object]
+MOST_LAUNCHES = 900  # of one call: the device's queue holds about 1,024, and beyond them the host waits
 CYCLES_PER_SECOND = 2e9  # at most about this many: a pause may be longer than asked for, not shorter
 LONGEST_PAUSE = 0.2  # seconds
 
@@ -21,14 +22,18 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 class ColdCache:
-    """Evicts what a call before left in the L2 cache, by writing a buffer of several times its size."""
+    """Evicts what a call before left in the L2 cache, by reading a buffer of several times its size.
+
+    To write one would leave the cache full of what is still to be written to memory, while the next call is timed.
+    """
 
     def __init__(self) -> None:
         size = max(4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, 1 << 28)
-        self._buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self._buffer = torch.ones(size // 4, device="cuda")
+        self._sum = torch.empty((), device="cuda")
 
     def evict(self) -> None:
-        self._buffer.fill_(1)
+        torch.sum(self._buffer, dim=0, out=self._sum)
 
 
 def host_seconds(call: Call) -> float:
@@ -45,7 +50,8 @@ def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[st
     """Milliseconds of each variant on the device; a round times each variant once, in a new order.
 
     The device pauses before each call for longer than the host takes to put the call there, so that launches do not
-    count where nothing waits for them; a call that waits for the device pays for its launches.
+    count where nothing waits for them; a call that waits for the device pays for its launches, and so does one of more
+    than `MOST_LAUNCHES`, whose graph is to be timed in its place (`captured`).
     """
     cache = ColdCache()
     pause = {}
@@ -86,11 +92,16 @@ def wall_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float
 
 def graph_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float]:
     """The same of a CUDA graph that a call was captured in. Raises what capturing raises."""
+    return wall_milliseconds(captured(call), rounds=rounds, calls=calls)
+
+
+def captured(call: Call) -> Call:
+    """The replay of a CUDA graph that a call was captured in. Raises what capturing raises."""
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return wall_milliseconds(graph.replay, rounds=rounds, calls=calls)
+    return graph.replay
 
 
 def copy_bandwidth(*, rounds: int, gigabytes: float = 1.0) -> dict[str, float]:

@@ -42,7 +42,8 @@ def lars_loop(params: List, momenta: List, grads: List) -> None:
 def lars_steps(tensors: Tensors) -> None:
     """Each tensor's step, adapted, into `work`.
 
-    Waits for the norms, since `_foreach_` multiplies by numbers of the host in few launches only.
+    Waits for the norms, since `_foreach_` multiplies by numbers of the host in few launches only. The device is idle
+    for a while then, which is a part of the time.
     """
     w_norms, g_norms = (torch.stack(torch._foreach_norm(group)) for group in (tensors.params, tensors.grads))
     rates = TRUST_COEFFICIENT * w_norms / (g_norms + WEIGHT_DECAY * w_norms + EPS)

@@ -15,6 +15,7 @@ from jointspar import comm as comm_module
 from jointspar.arguments import check_kind
 from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
+from jointspar.device_arrays import refuse_capture
 from jointspar.errors import JointSparError
 from jointspar.gradient_exchange import Exchanged
 from jointspar.optimizer_state import SavedOptimizer
@@ -173,6 +174,7 @@ class JointSparOptimizer(SavedOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
         self._pipeline.backward.check_owner()
+        refuse_capture(self._parameters[0].device)
         self._hyper.follow(self.param_groups)
         check_kind("closure", closure, "a function", closure is None or callable(closure))
         if max_norm is not None and self._exchanged is not None:
@@ -209,6 +211,7 @@ class JointSparOptimizer(SavedOptimizer):
         """
         if self._exchanged is not None:
             raise JointSparError("synchronize() was called twice without a step() between")
+        refuse_capture(self._parameters[0].device)
         self._hyper.follow(self.param_groups)
         self._exchange_gradients(max_norm, is_looked_at=True)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from jointspar.errors import JointSparError
+
 Array = Any  # torch.Tensor, cupy.ndarray, or anything with DLPack or __cuda_array_interface__
 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -114,6 +116,15 @@ def to_device(place: Place, values: np.ndarray) -> Array:
     return copy
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raises JointSparError while a CUDA graph is captured: the host decides in each step what the device is to do."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise JointSparError(
+            "a step cannot be captured in a CUDA graph: replays would repeat one draw of layers, with its scales and "
+            "rates; the operations of jointspar.ops can"
+        )
+
+
 class Reading:
     """A small vector on its way to the host.
 
@@ -141,7 +152,7 @@ class Reading:
     def wait(self) -> np.ndarray:
         """The vector on the host."""
         if self._result is None:
-            if self._event is not None:
+            if self._event is not None and not self._event.query():
                 self._event.synchronize()
             host = np.asarray(self._values)
             self._result = host if self._then is None else self._then(host)

@@ -44,7 +44,7 @@ class JointSparLARS(JointSparOptimizer):
             float32, float64, bfloat16 or float16, all on the CPU or on one CUDA device; momentum is kept in float32
             (float64 for float64), also for frozen parameters: leave out those that stay frozen.
         lr, momentum, weight_decay, trust_coefficient, eps, nesterov: see `jointspar.ops.lars_update`; all but
-            nesterov may differ by group.
+            nesterov may differ by group. The host reads them: one in a CUDA tensor has every step wait for the device.
         adapt_vectors: also adapt and decay tensors of one dimension (biases, normalisation); per group.
         inactive: a layer that no rank computed is left alone ("skip"), or momentum and weight decay go on ("decay").
         sampling: see `Sampling`.

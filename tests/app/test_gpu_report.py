@@ -58,6 +58,9 @@ def test_an_operation_is_told_by_its_share_of_copy_and_by_the_best_of_torch_that
     # .5 GB in .25 ms; .2 / .25; 1 / .25
     assert row[3:] == ["0.2500 (0.2250 to 0.3000)", "2000", "0.80", "0.80", "4.00", "2", "", ""]
     assert row_of(text, "sgd_update", "resnet50", "torch SGD fused (floor)")[7] == "10.00"
+    results = made_up()
+    results["operations"][2] |= {"launches": 1000, "is_captured": True}
+    assert row_of(report.markdown(results), "sgd_update", "resnet50", "native")[8] == "1000, in a graph"
 
 
 def test_training_is_told_in_proportion_to_the_dense_step_of_its_network() -> None:

@@ -14,6 +14,7 @@ import jointspar as js
 from bench.gpu.launches import kernel_names
 from device_support import DEVICE, keep_busy
 from jointspar.device_arrays import Reading
+from jointspar.errors import JointSparError
 from support import bits
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("backend")]
@@ -161,6 +162,23 @@ def equal_layers(num_tensors: int, size: int) -> nn.ParameterList:
 def give_gradients(parameters: nn.ParameterList) -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+
+
+@both_kinds
+def test_a_step_in_a_capture_is_refused_and_can_be_made_after_it(kind: Any) -> None:
+    parameters = equal_layers(4, 1000)
+    optimizer = kind(list(parameters.named_parameters()), sampling=sampling(grouping="tensor"))
+    give_gradients(parameters)
+    torch.cuda.synchronize()
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            parameters[0] + 1.0  # torch warns of an empty graph
+            optimizer.step()
+
+    with pytest.raises(JointSparError, match="cannot be captured"):
+        capture()
+    optimizer.step()
 
 
 @both_kinds

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import jointspar as js
 from jointspar import gradient_exchange, learning, ops, pipeline
-from jointspar.device_arrays import Reading
+from jointspar.device_arrays import Reading, refuse_capture
+from jointspar.errors import JointSparError
 from jointspar.step.update import LarsUpdate, SgdUpdate
 
 OPERATIONS = (
@@ -83,6 +84,25 @@ def test_with_lag_nothing_is_waited_for_in_the_step_that_computes_it(
         step(model, optimizer, seed=diary.now, **arguments)
     assert diary.num_made >= 24
     assert diary.waited_at_once == 0
+
+
+def test_a_step_is_not_captured_in_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(JointSparError, match="replays would repeat one draw"):
+        refuse_capture(torch.device("cuda:0"))
+    refuse_capture(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    refuse_capture(torch.device("cuda:0"))
+
+
+def test_a_reading_that_is_there_is_not_waited_for():
+    reading = Reading(np.array([1.0, 2.0]))
+    calls = []
+    reading._event = SimpleNamespace(query=lambda: True, synchronize=lambda: calls.append("waited"))
+    assert reading.wait().tolist() == [1.0, 2.0] and calls == []
+    reading = Reading(np.array([3.0]))
+    reading._event = SimpleNamespace(query=lambda: False, synchronize=lambda: calls.append("waited"))
+    assert reading.wait().tolist() == [3.0] and calls == ["waited"]
 
 
 @pytest.mark.parametrize(("kind", "update"), [(js.JointSparLARS, LarsUpdate), (js.JointSparSGD, SgdUpdate)])

@@ -117,6 +117,8 @@ class Packer:
         """The memory of a layout, [layout.total] of the wire dtype; of a part, that part's."""
         end = layout.start + layout.total
         if self._buffer.numel() < end:
+            if self._buffer.is_cuda:  # the stream under way may still read it, whichever one it was made on
+                self._buffer.record_stream(torch.cuda.current_stream(self._buffer.device))
             self._buffer = self._buffer.new_empty(end)
         return self._buffer[layout.start : end]
 
