@@ -8,35 +8,20 @@ or of `random`, where a user's data depend on it, has its place in `extra`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
+from jointspar import checkpoint_files as on_disk
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import Op
 from jointspar.errors import CheckpointError, warn_user
-from jointspar.files import check_plain, sha256, sync_folder, write_whole
 from jointspar.plain_json import from_json, to_json
-
-FORMAT = 1
-_MANIFEST = "manifest.json"
-_SHARED = "shared.safetensors"
-_MAX_MANIFEST_BYTES = 1 << 26  # twice what `save` lets the user add
-_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of content whose digests are right
-
-
-class _Refused(CheckpointError):
-    """A checkpoint that may well be sound, but that this job cannot read or continue: it stays the newest."""
 
 
 def save(
@@ -69,29 +54,25 @@ def save(
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
-    _refuse_others(directory, final, optimizer._checkpoint_directories)
+    on_disk.refuse_others(directory, final, optimizer._checkpoint_directories)
     settings = {
         "param_groups": to_json(state["param_groups"]),
         "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
         "extra": to_json(extra or {}),
     }
-    if len(json.dumps(settings, indent=1)) > _MAX_MANIFEST_BYTES // 2:
+    if len(json.dumps(settings, indent=1)) > on_disk.MAX_MANIFEST_BYTES // 2:
         raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
     optimizer.meet(Op.SAVE)
     if comm.rank == 0:
-        for leftover in directory.glob(".partial-step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True, mode=0o700)
+        on_disk.make_partial(partial)
     optimizer.meet(Op.SAVE)  # the folder is there
-    _write_tensors(partial / _rank_file(comm.rank), _rank_tensors(model, state))
+    on_disk.write_tensors(partial / on_disk.rank_file(comm.rank), _rank_tensors(model, state))
     if comm.rank == 0:
-        _write_tensors(partial / _SHARED, _shared_tensors(model, state))
+        on_disk.write_tensors(partial / on_disk.SHARED, _shared_tensors(model, state))
     optimizer.meet(Op.SAVE)  # every rank's file is there
     if comm.rank == 0:
-        write_whole(partial / _MANIFEST, _manifest(partial, comm.world_size, step, settings))
-        _publish(partial, final)
-        for old in _checkpoints(directory)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        on_disk.write_manifest(partial, comm.world_size, step, settings)
+        on_disk.publish(partial, final, keep)
     optimizer.meet(Op.SAVE)  # it has its name
     optimizer._checkpoint_directories.add(directory.resolve())
     return final
@@ -133,7 +114,7 @@ def load(
             raise ValueError("its random state of the device is malformed")
         if scheduler is not None:
             _load_scheduler(scheduler, from_json(manifest["scheduler"]))
-    except _MALFORMED as error:
+    except on_disk.MALFORMED as error:
         raise CheckpointError(f"{folder}: {error}") from error
     with torch.no_grad():
         for name, tensor in expected.items():
@@ -150,19 +131,19 @@ def load(
 
 
 def _load_scheduler(scheduler: Any, state: object) -> None:
-    """Load a state, or leave the scheduler as it was. Raises one of `_MALFORMED`."""
+    """Load a state, or leave the scheduler as it was. Raises one of `checkpoint_files.MALFORMED`."""
     if not isinstance(state, dict):
         raise ValueError("its scheduler's state is malformed")
     before = scheduler.state_dict()
     try:
         scheduler.load_state_dict(state)
-    except _MALFORMED:
+    except on_disk.MALFORMED:
         scheduler.load_state_dict(before)
         raise
 
 
 def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    candidates = _checkpoints(directory)
+    candidates = on_disk.checkpoints_in(directory)
     if not candidates:
         raise CheckpointError(f"{directory}: holds no checkpoint")
     problems: list[str] = []
@@ -171,9 +152,9 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
         try:
             found = (
                 folder,
-                *_read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.is_rank_local),
+                *on_disk.read(folder, optimizer.comm.rank, optimizer.comm.world_size, optimizer.is_rank_local),
             )
-        except _Refused as error:  # perhaps on this rank alone
+        except on_disk.Refused as error:  # perhaps on this rank alone
             warn_user(f"refusing a checkpoint: {error}")
             raise
         except CheckpointError as error:
@@ -183,99 +164,9 @@ def _newest_sound(directory: Path, optimizer: Any) -> tuple[Path, dict[str, Any]
             continue
         optimizer.meet(Op.LOAD, stable_hash(folder.name))
         if optimizer.comm.rank == 0:
-            for other in passed:  # they must not stand before what is saved next
-                os.replace(other, other.with_name(f"unusable-{other.name}-{time.time_ns()}"))
+            on_disk.set_aside(passed)
         return found
     raise CheckpointError("; ".join(problems))
-
-
-def _read(
-    folder: Path, rank: int, world_size: int, is_rank_local: bool
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Manifest and tensors of one checkpoint, every byte of it verified."""
-    try:
-        check_plain(folder / _MANIFEST, _MAX_MANIFEST_BYTES)
-        content = (folder / _MANIFEST).read_bytes()
-        manifest = json.loads(content)
-        if content != _sealed(manifest):
-            raise CheckpointError(f"{folder / _MANIFEST}: is damaged (its digest differs)")
-        if manifest["format"] != FORMAT:
-            raise _Refused(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
-        _check_names(folder, manifest)
-        if manifest["world_size"] != world_size:
-            if is_rank_local:
-                raise _Refused(
-                    f"{folder}: was saved by {manifest['world_size']} ranks, this job has {world_size}; "
-                    'with strategy="independent", or an exchange that remembers, each rank has a state of its own, '
-                    "so start as many"
-                )
-            rank = 0
-        for name, expected in manifest["files"].items():
-            if sha256(folder / name) != expected:
-                raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
-        shared = safetensors.torch.load_file(folder / _SHARED)
-        return manifest, shared, safetensors.torch.load_file(folder / _rank_file(rank))
-    except CheckpointError:
-        raise
-    except (*_ABSENT, safetensors.SafetensorError, *_MALFORMED) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
-    except OSError as error:
-        raise _Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
-
-
-def _check_names(folder: Path, manifest: dict[str, Any]) -> None:
-    """A manifest may name any file of this machine: none is opened but those that `save` writes."""
-    files, num_ranks = manifest["files"], manifest["world_size"]
-    if type(num_ranks) is not int or len(files) != num_ranks + 1 or set(files) != set(_file_names(num_ranks)):
-        raise CheckpointError(f"{folder / _MANIFEST}: does not list the files of a checkpoint")
-    for name in files:
-        check_plain(folder / name)
-
-
-def _manifest(folder: Path, world_size: int, step: int, settings: dict[str, Any]) -> bytes:
-    manifest = {"format": FORMAT, "world_size": world_size, "step": step, **settings}
-    manifest["files"] = {name: sha256(folder / name) for name in _file_names(world_size)}
-    return _sealed(manifest)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; one of that name stays until then."""
-    sync_folder(partial)
-    former = final.with_name(f".former-{final.name}")
-    shutil.rmtree(former, ignore_errors=True)
-    if final.exists():
-        os.replace(final, former)
-    os.replace(partial, final)
-    sync_folder(final.parent)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _refuse_others(directory: Path, final: Path, own: set[Path]) -> None:
-    """What is not this optimizer's would be replaced, deleted or loaded in place of it.
-
-    Later checkpoints are another run's in any case; unreadable ones are passed over anyway.
-    """
-    for folder in _checkpoints(directory):
-        if (folder / _MANIFEST).exists():
-            if folder.name > final.name:
-                raise CheckpointError(
-                    f"{directory}: holds the later {folder.name}: load it, or save in another directory"
-                )
-            if directory.resolve() not in own:
-                raise CheckpointError(
-                    f"{directory}: holds {folder.name} of another optimizer or run: load it, or save in another "
-                    "directory"
-                )
-
-
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    """The one spelling of a manifest, its own digest at the end: 1e-8 and 1E-8 are the same number, not the same.
-
-    Later formats must keep it, so that an earlier version tells them from damage.
-    """
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps({**content, "digest": digest}, indent=1).encode()
 
 
 def _shared_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -331,21 +222,3 @@ def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def _take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _file_names(world_size: int) -> list[str]:
-    return [_SHARED, *(_rank_file(rank) for rank in range(world_size))]
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank}.safetensors"
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    return sorted((path for path in directory.glob("step-*") if path.is_dir()), reverse=True)
-
-
-def _write_tensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    contiguous = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
-    write_whole(path, safetensors.torch.save(contiguous))

@@ -32,7 +32,7 @@ from torch import nn
 import jointspar as js
 import report
 from jointspar import ops
-from jointspar.checkpoint import _sealed
+from jointspar.checkpoint_files import _sealed
 from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op
 from jointspar.errors import CheckpointError, DesyncError

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import jointspar as js
+from jointspar import checkpoint_files
 from jointspar.errors import CheckpointError
 
 
@@ -188,7 +189,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(js.checkpoint, "_manifest", fail)
+    monkeypatch.setattr(checkpoint_files, "write_manifest", fail)
     with pytest.raises(OSError, match="disk full"):
         js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
     monkeypatch.undo()
@@ -384,7 +385,7 @@ def test_a_checkpoint_that_cannot_be_read_for_now_stays_the_newest(tmp_path, mon
         raise error("not now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(js.checkpoint, "sha256", refuse)
+        patch.setattr(checkpoint_files, "sha256", refuse)
         with refused("step-00000003: cannot be read now"):
             js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
     assert folder.is_dir()
@@ -398,7 +399,7 @@ def test_a_checkpoint_of_a_later_format_stays_the_newest(tmp_path, monkeypatch):
     js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
     train(model, optimizer, scheduler, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(js.checkpoint, "FORMAT", 2)
+        patch.setattr(checkpoint_files, "FORMAT", 2)
         folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
     with refused("has format 2, this version reads 1"):
         js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import jointspar as js
-from jointspar.checkpoint import _sealed
+from jointspar.checkpoint_files import _sealed
 from jointspar.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:passing over")

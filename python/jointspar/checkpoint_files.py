@@ -1,0 +1,152 @@
+"""A checkpoint's files: their names, the manifest that seals them, written whole and read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from jointspar.errors import CheckpointError
+from jointspar.files import check_plain, sha256, sync_folder, write_whole
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHARED = "shared.safetensors"
+MAX_MANIFEST_BYTES = 1 << 26  # twice what `save` lets the user add
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of content whose digests are right
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class Refused(CheckpointError):
+    """A checkpoint that may well be sound, but that this job cannot read or continue: it stays the newest."""
+
+
+def _file_names(world_size: int) -> list[str]:
+    return [SHARED, *(rank_file(rank) for rank in range(world_size))]
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    return sorted((path for path in directory.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def write_tensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    contiguous = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
+    write_whole(path, safetensors.torch.save(contiguous))
+
+
+def read(
+    folder: Path, rank: int, world_size: int, is_rank_local: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Manifest and tensors of one checkpoint, every byte of it verified."""
+    try:
+        check_plain(folder / MANIFEST, MAX_MANIFEST_BYTES)
+        content = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        if content != _sealed(manifest):
+            raise CheckpointError(f"{folder / MANIFEST}: is damaged (its digest differs)")
+        if manifest["format"] != FORMAT:
+            raise Refused(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
+        _check_names(folder, manifest)
+        if manifest["world_size"] != world_size:
+            if is_rank_local:
+                raise Refused(
+                    f"{folder}: was saved by {manifest['world_size']} ranks, this job has {world_size}; "
+                    'with strategy="independent", or an exchange that remembers, each rank has a state of its own, '
+                    "so start as many"
+                )
+            rank = 0
+        for name, expected in manifest["files"].items():
+            if sha256(folder / name) != expected:
+                raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
+        shared = safetensors.torch.load_file(folder / SHARED)
+        return manifest, shared, safetensors.torch.load_file(folder / rank_file(rank))
+    except CheckpointError:
+        raise
+    except (*_ABSENT, safetensors.SafetensorError, *MALFORMED) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        raise Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
+
+
+def _check_names(folder: Path, manifest: dict[str, Any]) -> None:
+    """A manifest may name any file of this machine: none is opened but those that `save` writes."""
+    files, num_ranks = manifest["files"], manifest["world_size"]
+    if type(num_ranks) is not int or len(files) != num_ranks + 1 or set(files) != set(_file_names(num_ranks)):
+        raise CheckpointError(f"{folder / MANIFEST}: does not list the files of a checkpoint")
+    for name in files:
+        check_plain(folder / name)
+
+
+def make_partial(partial: Path) -> None:
+    """A folder for the files of a checkpoint that is not complete yet; what was left of others is removed."""
+    for leftover in partial.parent.glob(".partial-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True, mode=0o700)
+
+
+def write_manifest(folder: Path, world_size: int, step: int, settings: dict[str, Any]) -> None:
+    """Name and digest every file of a checkpoint, when all are there."""
+    manifest = {"format": FORMAT, "world_size": world_size, "step": step, **settings}
+    manifest["files"] = {name: sha256(folder / name) for name in _file_names(world_size)}
+    write_whole(folder / MANIFEST, _sealed(manifest))
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The one spelling of a manifest, its own digest at the end: 1e-8 and 1E-8 are the same number, not the same.
+
+    Later formats must keep it, so that an earlier version tells them from damage.
+    """
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=1).encode()
+
+
+def publish(partial: Path, final: Path, keep: int) -> None:
+    """Give a complete checkpoint its name; one of that name stays until then. Of older ones the newest stay."""
+    sync_folder(partial)
+    former = final.with_name(f".former-{final.name}")
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        os.replace(final, former)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
+    for old in checkpoints_in(final.parent)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(folders: Sequence[Path]) -> None:
+    """Rename damaged checkpoints: they must not stand before what is saved next."""
+    for folder in folders:
+        os.replace(folder, folder.with_name(f"unusable-{folder.name}-{time.time_ns()}"))
+
+
+def refuse_others(directory: Path, final: Path, own: set[Path]) -> None:
+    """What is not this optimizer's would be replaced, deleted or loaded in place of it.
+
+    Later checkpoints are another run's in any case; unreadable ones are passed over anyway.
+    """
+    for folder in checkpoints_in(directory):
+        if (folder / MANIFEST).exists():
+            if folder.name > final.name:
+                raise CheckpointError(
+                    f"{directory}: holds the later {folder.name}: load it, or save in another directory"
+                )
+            if directory.resolve() not in own:
+                raise CheckpointError(
+                    f"{directory}: holds {folder.name} of another optimizer or run: load it, or save in another "
+                    "directory"
+                )
