@@ -146,6 +146,8 @@ def _train(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"jointspar train: {error}") from error
     _require_packages("train", "matplotlib", "safetensors", "tqdm")
+    from jointspar import comm
+    from jointspar.training.data.readers import DatasetError
     from jointspar.training.loop import StoppedError
     from jointspar.training.setup import SetupError
     from jointspar.training.start import train
@@ -157,6 +159,11 @@ def _train(options: argparse.Namespace) -> int:
         return EXIT_STOPPED
     except SetupError as error:
         return _refuse(f"jointspar train: {_with_flag_names(str(error))}", is_speaker=error.is_speaker)
+    except DatasetError as error:
+        if comm.world().world_size > 1:
+            raise  # what leaves the program ends the other ranks, too
+        print(f"jointspar train: {error}; what was saved can be continued with --resume", file=sys.stderr, flush=True)
+        return EXIT_USAGE
     return 0
 
 

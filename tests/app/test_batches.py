@@ -149,6 +149,11 @@ def test_evaluation_sees_each_image_once(shards: Dataset, world_size: int) -> No
         assert sorted(map(int, labels)) == list(range(expected))
 
 
+def test_ranks_without_a_test_image_have_nothing_to_evaluate() -> None:
+    counts = [sum(len(labels) for _, labels in evaluation_batches(make_split(3), rank, 5)) for rank in range(5)]
+    assert counts == [1, 1, 1, 0, 0]
+
+
 def test_a_test_shard_that_is_left_over_is_shared(shards: Dataset) -> None:
     assert isinstance(shards.test, Shards)
     for files in (1, 2):  # of one all ranks read, of the second one each has its own

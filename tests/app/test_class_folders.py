@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data_files import WNIDS, picture_bytes, resize_table, write_class_folders
+from data_files import WNIDS, picture_bytes, resize_table, write_class_folders, write_shards
 from jointspar.training.data.class_folders import PictureFiles
 from jointspar.training.data.datasets import load_dataset
 from jointspar.training.data.readers import DatasetError
+from jointspar.training.data.shards import Shards
 
 
 def test_labels_are_places_among_the_sorted_training_folders(tmp_path: Path) -> None:
@@ -18,6 +19,7 @@ def test_labels_are_places_among_the_sorted_training_folders(tmp_path: Path) -> 
     (tmp_path / "val" / WNIDS[0]).rmdir()
     (tmp_path / "train" / WNIDS[1] / "notes.txt").write_text("no picture")
     (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / "train" / WNIDS[1] / f"._{WNIDS[1]}_0.JPEG").write_bytes(b"what macOS leaves beside a file")
     dataset = load_dataset("imagenet", tmp_path)
     assert isinstance(dataset.train, PictureFiles)
     assert isinstance(dataset.test, PictureFiles)
@@ -26,6 +28,12 @@ def test_labels_are_places_among_the_sorted_training_folders(tmp_path: Path) -> 
     ]  # fmt: skip
     assert dataset.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert dataset.test.labels.tolist() == [1, 2]
+
+
+def test_a_hidden_folder_beside_shards_makes_no_class_folders(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "train" / ".cache").mkdir()
+    assert isinstance(load_dataset("imagenet", tmp_path).train, Shards)
 
 
 def test_class_without_training_pictures_is_named(tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_launcher_of_another_mpi_is_bad(monkeypatch: pytest.MonkeyPatch, library
     assert doctor._launcher_finding(library).level == level
 
 
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("gone"), PermissionError(), subprocess.TimeoutExpired("mpirun", 60)]
+)
+def test_a_launcher_that_cannot_be_started_is_bad_and_no_end_of_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "find_launcher", lambda: "/site/mpirun")
+    monkeypatch.setattr(subprocess, "run", run)
+    finding = doctor._launcher_finding("Open MPI v5.0.11")
+    assert finding.level == "bad" and "/site/mpirun: cannot be started" in finding.text
+
+
 def test_two_openmp_runtimes_are_told_apart() -> None:
     maps = """7f00-7f01 r-xp 00000000 08:01 11   /lib/torch/lib/libgomp.so.1
 7f01-7f02 r--p 00000000 08:01 11   /lib/torch/lib/libgomp.so.1

@@ -297,6 +297,47 @@ def test_small_pictures_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     assert cli.main(["train", "--out", str(tmp_path / "run"), "--epochs", "1", "--threads", "1", *flags]) == 0
 
 
+def test_several_ranks_stopped_within_an_epoch_keep_statistics_of_their_own(tmp_path: Path) -> None:
+    """They are averaged at the end of an epoch, so an average in its midst would change what comes after."""
+    config = {**SHORT, "model": "resnet20", "batch_size": 32, "simulate_workers": 2}
+
+    def statistics(folder: Path) -> dict[str, Any]:
+        newest = max((folder / "checkpoint").glob("step-*"))
+        saved = load_file(newest / "rank-1.safetensors")
+        return {name: value for name, value in saved.items() if "running" in name}
+
+    train(TrainConfig(out=tmp_path / "whole", max_steps=3, **config))
+    train(TrainConfig(out=tmp_path / "parts", max_steps=1, **config))
+    train(TrainConfig(out=tmp_path / "parts", max_steps=3, resume=True, **config))
+    expected, resumed = statistics(tmp_path / "whole"), statistics(tmp_path / "parts")
+    assert len(expected) > 10
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+
+
+def test_repeating_what_is_done_keeps_its_evaluation_and_fewer_steps_are_refused(tmp_path: Path) -> None:
+    first = train(TrainConfig(out=tmp_path, max_steps=2, **SHORT))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[-1]["kind"] == "stop"
+    again = train(TrainConfig(out=tmp_path, max_steps=2, resume=True, **SHORT))
+    assert (again.test_accuracy, again.steps) == (first.test_accuracy, 2)
+    assert read_metrics(tmp_path / "metrics.jsonl") == records
+    with pytest.raises(SetupError, match="max_steps: 1 is less than the 2 steps made already"):
+        train(TrainConfig(out=tmp_path, max_steps=1, resume=True, **SHORT))
+    train(TrainConfig(out=tmp_path, max_steps=3, resume=True, **SHORT))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "stop"] == [3]
+
+
+def test_damaged_training_data_end_the_command_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(config: TrainConfig) -> None:
+        raise DatasetError("a.JPEG is damaged")
+
+    monkeypatch.setattr("jointspar.training.start.train", damaged)
+    assert cli.main(["train", "--out", str(tmp_path)]) == cli.EXIT_USAGE
+    assert capsys.readouterr().err.startswith("jointspar train: a.JPEG is damaged; what was saved can be continued")
+
+
 def test_batch_norm_model_trains_and_resumes(tmp_path: Path) -> None:
     config = {**SHORT, "model": "resnet20", "batch_size": 32}
     train(TrainConfig(out=tmp_path, max_steps=1, **config))

@@ -83,6 +83,17 @@ def test_every_mode_becomes_three_channels(mode: str) -> None:
     assert evaluation_image(picture, SMALL).shape == (3, 16, 16)
 
 
+def test_grey_of_16_bits_keeps_its_shades() -> None:
+    shades = np.repeat(np.linspace(0, 65535, 30).astype(np.uint16)[None], 30, axis=0)
+    saved = io.BytesIO()
+    Image.fromarray(shades).save(saved, "PNG")
+    with Image.open(saved) as picture:
+        image = evaluation_image(picture, SMALL).astype(int)
+    eight_bits = evaluation_image(Image.fromarray((shades // 256).astype(np.uint8)), SMALL)
+    assert np.array_equal(image, eight_bits)
+    assert image.max() - image.min() > 100
+
+
 def test_batch_depends_on_its_key_only(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [partial(lambda content: ("name", content), picture_bytes()) for _ in range(5)]
     first = decode_batch(sources, SMALL, (1, 2))

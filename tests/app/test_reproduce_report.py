@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fake_training import reproduce, write_list
+from jointspar import cli
 from jointspar.training.reproduce import figures, results
 
 
@@ -65,6 +66,17 @@ def test_the_report_says_what_the_runs_were_made_with(fake_training: Path) -> No
     page = (out / "report.html").read_text()
     assert re.search(r"Abacus, \d+ cores · jointspar .*<br>", page)
     assert re.search(r"half: \{.*\} · sums by ring · seed 0: commit .* · seed 1: commit 0123456789\+\n", page)
+
+
+def test_runs_of_different_data_are_not_compared(fake_training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write_list(fake_training), fake_training / "out"
+    assert reproduce(path, out) == 0
+    for label, data in (("dense", "60 + 10 images, 0a"), ("half", "30 + 10 images, 0b")):
+        summary = out / f"one/{label}/seed-1/summary.json"
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "data": data}))
+    assert reproduce(path, out, "--report") == cli.EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "one: runs of 'dense' saw 60 + 10 images, 0a, runs of 'half' 30 + 10 images, 0b" in error
 
 
 def test_a_lost_seed_is_counted_and_left_out_of_means(fake_training: Path) -> None:

@@ -130,6 +130,19 @@ def test_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         count_samples(tmp_path / "a.tar", 10)
 
 
+@pytest.mark.parametrize("size", [-512, -513, -1])
+def test_a_member_of_negative_size_is_damage_and_no_endless_loop(tmp_path: Path, size: int) -> None:
+    content = bytearray(whole_tar())
+    with tarfile.open(fileobj=io.BytesIO(bytes(content))) as archive:
+        at = archive.getmembers()[1].offset
+    content[at + 124 : at + 136] = size.to_bytes(12, "big", signed=True)  # GNU's base 256
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"a\.tar is damaged"):
+        count_samples(tmp_path / "a.tar", 10)
+
+
 @pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x1f\x8b" + bytes(600), picture_bytes()])
 def test_file_that_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
@@ -150,6 +163,16 @@ def test_shards_are_found_in_split_folders_or_by_name(tmp_path: Path) -> None:
     assert [path.name for path in find_shards(tmp_path, "test")] == ["imagenet-val-000.tar"]
     write_shards(tmp_path)
     assert [path.parent.name for path in find_shards(tmp_path, "test")] == ["val", "val"]
+
+
+@pytest.mark.parametrize("name", ["pretrain-val-000.tar", "trainval-000.tar", "retrieval-train-0.tar"])
+def test_a_shard_that_may_be_of_either_split_is_refused(tmp_path: Path, name: str) -> None:
+    for each in ("my-train-0.tar", name):
+        write_tar(tmp_path / each, sample_members(0, 1))
+    with pytest.raises(DatasetError, match=f"{name} may be of either split"):
+        load_dataset("imagenet", tmp_path)
+    write_shards(tmp_path)  # folders say which is which
+    assert len(load_dataset("imagenet", tmp_path).train) > 1
 
 
 def test_sizes_file_saves_counting(tmp_path: Path) -> None:

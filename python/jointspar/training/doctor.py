@@ -180,7 +180,13 @@ def _launcher_finding(library: str) -> Finding:
     launcher = find_launcher()
     if launcher is None:
         return Finding("note", "launcher", "no mpirun found", "put the mpirun of this MPI on PATH to use several ranks")
-    shown = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False)
+    command = [launcher, "--version"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(
+            "bad", "launcher", f"{launcher}: cannot be started: {error}", "put the mpirun of this MPI on PATH"
+        )
     is_hydra = any(name in shown.stdout for name in ("HYDRA", "Intel(R) MPI"))  # Intel's is one without the name
     first = "HYDRA (MPICH)" if "HYDRA" in shown.stdout else next(iter(shown.stdout.splitlines()), "unknown")
     if is_hydra != library.startswith(("MPICH", "Intel")):

@@ -82,7 +82,8 @@ class Run:
         self.metrics = None
         if comm.rank == 0:
             (config.out / SUMMARY_FILE).unlink(missing_ok=True)  # the run is not complete any more
-            self.metrics = MetricsFile(config.out / METRICS_FILE, keep_up_to_step=self.progress.step)
+            is_over = self.progress.step >= self.num_steps and not self.progress.is_to_evaluate
+            self.metrics = MetricsFile(config.out / METRICS_FILE, keep_up_to_step=self.progress.step, is_over=is_over)
         self.display = Display(rank=comm.rank, first_step=self.progress.step, num_steps=self.num_steps)
 
     def fit(self) -> Summary:
@@ -155,12 +156,15 @@ class Run:
         """Average over ranks, evaluate, record, save."""
         progress = self.progress
         self._average_over_ranks(*_AVERAGED)
+        is_whole = progress.batch == len(self.batches)
+        own_buffers = [] if is_whole else [buffer.clone() for buffer in self.model.buffers()]
         js.sync_buffers(self.model, comm=self.comm)
         progress.train_loss = progress.loss_sum / progress.batch
         progress.is_to_evaluate = True
         progress.test_accuracy = self._evaluate()
         progress.is_to_evaluate = False
-        is_whole = progress.batch == len(self.batches)
+        for buffer, own in zip(self.model.buffers(), own_buffers, strict=False):
+            buffer.copy_(own)  # an uninterrupted run averages at the end of an epoch only
         if is_whole:
             progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         record = self._epoch_record("epoch" if is_whole else "stop")
@@ -253,7 +257,10 @@ class Run:
             self.config.out / CHECKPOINT_FOLDER, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
         )
         check_continuation(self.config, extra["config"], self.identity)
-        return Progress(**extra["progress"])
+        progress = Progress(**extra["progress"])
+        if self.config.max_steps is not None and self.config.max_steps < progress.step:
+            raise ValueError(f"max_steps: {self.config.max_steps} is less than the {progress.step} steps made already")
+        return progress
 
     def _headline(self) -> str:
         config, comm = self.config, self.comm
@@ -300,6 +307,7 @@ class Run:
             simulated=self.comm.is_simulated,
             exchange=progress.exchange,
             layers=[layer.name for layer in self.optimizer.layers],
+            data=str(self.identity["data"]),
             versions={"jointspar": js.__version__, "torch": torch.__version__, "numpy": np.__version__},
         )
 

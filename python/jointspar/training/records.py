@@ -26,6 +26,7 @@ class Summary:
     computed per step. simulated: the ranks were played by one process, so that seconds are of all.
     exchange: how the gradients of the last step were summed.
     layers: names of the layers that are sampled, in the order of the metrics' probabilities.
+    data: how many images, and a digest of them.
     """
 
     test_accuracy: float
@@ -47,6 +48,7 @@ class Summary:
     simulated: bool = False
     exchange: str = ""
     layers: list[str] = field(default_factory=list)
+    data: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -77,10 +79,16 @@ class MetricsFile:
     epoch: epochs done, with a fraction in mid-epoch.
     """
 
-    def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
-        """Keep what an interrupted run wrote up to the step that it continues from (0: nothing)."""
+    def __init__(self, path: Path, *, keep_up_to_step: int, is_over: bool = False) -> None:
+        """Keep what an interrupted run wrote up to the step that it continues from (0: nothing).
+
+        is_over: no step follows, so that a "stop" at its end stands.
+        """
         known = read_metrics(path) if keep_up_to_step else []
-        kept = [record for record in known if record["step"] <= keep_up_to_step and record["kind"] != "stop"]
+        kept = [record for record in known if record["step"] <= keep_up_to_step]
+        kept = [
+            record for record in kept if record["kind"] != "stop" or (is_over and record["step"] == keep_up_to_step)
+        ]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 

@@ -117,7 +117,7 @@ def evaluation_batches(test: Split, rank: int, world_size: int) -> Generator[Bat
         while chosen := list(islice(samples, batch_size)):
             yield _decode(chosen, test, None)
         return
-    for index in torch.arange(rank, len(test), world_size).split(batch_size):
+    for index in torch.arange(len(test))[rank::world_size].split(batch_size):
         if len(index):
             yield test.read(index.numpy(), key=None), test.labels[index]
 

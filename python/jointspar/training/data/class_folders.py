@@ -46,7 +46,7 @@ class PictureFiles:
 def has_class_folders(folder: Path) -> bool:
     """Whether there is a training folder with folders in it."""
     train = folder / SPLIT_FOLDERS["train"]
-    return train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
+    return train.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(train))
 
 
 def load_class_folders(folder: Path, properties: DatasetProperties) -> tuple[PictureFiles, PictureFiles]:
@@ -78,7 +78,8 @@ def _list_split(folder: Path, classes: list[str], properties: DatasetProperties)
     for name in class_names(folder):
         if name not in numbers:
             raise DatasetError(f"{folder / name} is a class without training pictures")
-        pictures = sorted(entry.path for entry in os.scandir(folder / name) if entry.name.lower().endswith(SUFFIXES))
+        seen = (entry for entry in os.scandir(folder / name) if not entry.name.startswith("."))  # as macOS leaves them
+        pictures = sorted(entry.path for entry in seen if entry.name.lower().endswith(SUFFIXES))
         if not pictures:
             raise DatasetError(f"{folder / name} has no pictures ({', '.join(SUFFIXES)})")
         files += pictures

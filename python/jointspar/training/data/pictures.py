@@ -55,7 +55,7 @@ def open_picture(content: bytes, name: str, formats: tuple[str, ...] = ("JPEG", 
 def training_image(picture: Picture, properties: DatasetProperties, random: np.random.Generator) -> np.ndarray:
     """A random window, scaled to the image size and mirrored half of the time; uint8 [3, size, size]."""
     size = properties.image_size
-    picture = picture.convert("RGB")
+    picture = _as_rgb(picture)
     image = _scaled(picture, (size, size), random_window(picture.width, picture.height, random))
     return np.ascontiguousarray(image[:, :, ::-1]) if random.integers(2) else image
 
@@ -63,7 +63,7 @@ def training_image(picture: Picture, properties: DatasetProperties, random: np.r
 def evaluation_image(picture: Picture, properties: DatasetProperties) -> np.ndarray:
     """The shorter side scaled to properties.resize, then the centre cut out; uint8 [3, size, size]."""
     size, shorter = properties.image_size, properties.resize
-    picture = picture.convert("RGB")
+    picture = _as_rgb(picture)
     scale = shorter / min(picture.size)
     corners = []
     for side in picture.size:
@@ -73,6 +73,15 @@ def evaluation_image(picture: Picture, properties: DatasetProperties) -> np.ndar
     # Only the window is computed: a very narrow picture, scaled as a whole, would fill the memory.
     (left, right), (top, bottom) = corners
     return _scaled(picture, (size, size), (left, top, right, bottom))
+
+
+def _as_rgb(picture: Picture) -> Picture:
+    """Three channels of 8 bits. Pillow itself cuts 16-bit grey off at 255, which makes it white."""
+    if picture.mode.startswith("I"):
+        from PIL import Image
+
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def random_window(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from jointspar.training.data.readers import DatasetError, check_sum, read_json
 
 SIZES_FILE = "sizes.json"  # optional: {"name.tar": number of samples}, which saves counting at the start
 SPLIT_PATTERNS = {"train": ("train/*.tar", "*train*.tar"), "test": ("val/*.tar", "*val*.tar")}
+_SPLIT_WORDS = ("train", "val")
 _MAX_LABEL_BYTES = 20
 _CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 _END_MARK = bytes(tarfile.BLOCKSIZE)  # what follows the last member
@@ -66,11 +67,16 @@ class Shards:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """Sorted: the tar files of train/ or val/, else those of the folder itself with train or val in their names."""
-    for pattern in SPLIT_PATTERNS[split]:
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return found
-    return []
+    """Sorted: the tar files of train/ or val/, else those of the folder itself with train or val in their names.
+
+    Raises DatasetError for a file of the folder itself whose name has both.
+    """
+    in_folder, by_name = (
+        sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in SPLIT_PATTERNS[split]
+    )
+    if not in_folder and (both := [path for path in by_name if all(word in path.name for word in _SPLIT_WORDS)]):
+        raise DatasetError(f"{both[0]} may be of either split by its name: sort the shards into train/ and val/")
+    return in_folder or by_name
 
 
 def load_shards(folder: Path, properties: DatasetProperties) -> tuple[Shards, Shards]:
@@ -138,6 +144,8 @@ def _members(path: Path) -> Iterator[_Member]:
     with tarfile.open(path, "r:") as archive:  # "r:" is uncompressed: no decompression bomb
         while (info := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
+            if info.size < 0 or archive.offset <= info.offset:  # it would be read again and again
+                raise DatasetError(f"{path} is damaged: {info.name!r} has a negative size")
             if info.isdir():
                 continue
             if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):

@@ -46,8 +46,18 @@ def save(results: Mapping[str, Any], out: Path) -> None:
 
 
 def _experiment(experiment: Experiment, chosen: ExperimentList, out: Path) -> dict[str, Any]:
+    """Raises RunError where its runs were made on different data, which nothing compares."""
     runs = [run for run in runs_of(chosen, out) if run.experiment is experiment]
     by_label = {label: [run for run in runs if run.label == label and run.is_complete] for label in experiment.runs}
+    seeds = {label: [_seed(run) for run in complete] for label, complete in by_label.items()}
+    of_data = {seed["summary"].get("data"): label for label, rows in seeds.items() for seed in rows}
+    of_data.pop(None, None)  # made before that was noted
+    if len(of_data) > 1:
+        (one, label), (another, other), *_ = of_data.items()
+        raise RunError(
+            f"{experiment.name}: runs of {label!r} saw {one}, runs of {other!r} {another}: remove the folders of those "
+            "that are not of the data wanted"
+        )
     return {
         "name": experiment.name,
         "title": experiment.title,
@@ -60,9 +70,7 @@ def _experiment(experiment: Experiment, chosen: ExperimentList, out: Path) -> di
             {"label": run.label, "seed": run.seed, "how": how} for run in runs if (how := run.failure()) is not None
         ],
         "runs": [
-            {"label": label, "settings": experiment.runs[label], "seeds": [_seed(run) for run in complete]}
-            for label, complete in by_label.items()
-            if complete
+            {"label": label, "settings": experiment.runs[label], "seeds": rows} for label, rows in seeds.items() if rows
         ],
     }
 
