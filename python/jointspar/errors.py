@@ -20,7 +20,10 @@ class CollectiveTimeout(JointSparError):
 
 
 class RanksLost(JointSparError):
-    """Other ranks have died, and those that are left may go on: see `optimizer.shrink()`."""
+    """Other ranks have died, and those that are left may go on: see `optimizer.shrink()`.
+
+    Raised by the step; with overlap=True also by `backward()`, in which ranks meet.
+    """
 
 
 class CheckpointError(JointSparError):

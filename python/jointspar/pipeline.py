@@ -227,16 +227,21 @@ class Pipeline:
 
         also_agreed: what else must be the same on all ranks now.
         """
-        self.distribution.load_state_dict(state["distribution"])
-        self.backward.set_trainable(range(len(self.layers.parameters)), np.asarray(state["trainable"]))
-        self.step_count = int(state["step"])
-        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        self.backward.check_owner()
+        self.put(state)
         lesson = Lesson.from_state(state["lesson"]) if state["lesson"] and self.sampling.lag else None
         self._lesson = lesson if lesson is not None and lesson.world_size == self.comm.world_size else None
         self.chooser.load_state_dict(state["exchange"])
         self.agreement.go(Op.LOAD, step=self.step_count, agreed=[self.chooser.agreed(), *also_agreed])
         self._follow_frozen()
         self.draw_next()
+
+    def put(self, state: dict[str, Any]) -> None:
+        """That part of a state that meets nobody: where training is, what was learned, and what is trained."""
+        self.distribution.load_state_dict(state["distribution"])
+        self.backward.trainable[:] = np.asarray(state["trainable"])
+        self.step_count = int(state["step"])
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
     def _follow_frozen(self) -> None:
         """Take layers that the user froze out of the distribution, and thawed ones in."""

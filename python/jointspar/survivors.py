@@ -44,9 +44,11 @@ def go_on_without(
     tensors = [*parameters, *momenta]
     received = [_received(after.comm, tensor, root) for tensor in (*tensors, _counters(state, is_own=is_own))]
     after.comm.start_headers(np.zeros(1, dtype=np.int64), what="all have received the state").wait()
+    state = _with_counters(state, received[-1], is_own=is_own)
     for tensor, value in zip(tensors, received[:-1], strict=True):
         tensor.copy_(value)
-    after.load_state_dict(_with_counters(state, received[-1], is_own=is_own))
+    before.put(state)  # what `before` counts is of these weights now, should more be lost before `after` is there
+    after.load_state_dict(state)
     after.stats, after.flops = before.stats, before.flops
     return after, make_update(parameters, momenta)
 

@@ -310,6 +310,26 @@ def use_a_part_of_the_processes():
     assert dist.is_initialized()
 
 
+def start_a_header_before_the_other_rank_comes():
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # as TORCH_DISTRIBUTED_DEBUG=DETAIL
+    transport = world()
+    assert dist.get_debug_level() == dist.DebugLevel.DETAIL
+    transport.start_headers(np.array([0]), what="both are there").wait()
+    time.sleep(3 * transport.rank)
+    began = time.monotonic()
+    pending = transport.start_headers(np.array([transport.rank]), what="plan")
+    assert time.monotonic() - began < 1.5
+    assert pending.wait().ravel().tolist() == [0, 1]
+    buffer = torch.ones(4)
+    transport.allreduce(buffer, what="sum")
+    assert buffer.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("launcher", ["torchrun"], indirect=True)
+def test_the_debug_level_of_torch_does_not_make_starts_wait(run_ranks):
+    run_ranks(2, start_a_header_before_the_other_rank_comes)
+
+
 @pytest.mark.parametrize("launcher", ["torchrun"], indirect=True)
 def test_a_group_may_be_a_part_of_the_processes_that_the_program_initialised(run_ranks):
     run_ranks(3, use_a_part_of_the_processes)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,6 +63,43 @@ def test_every_task_of_several_is_refused_without_mpi4py(plain_process, rank):
     plain_process.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(JointSparError, match="the launcher started 4 or more ranks, but mpi4py cannot be loaded"):
         world()
+
+
+def an_mpi_of(size):
+    """mpi4py.MPI whose world has so many ranks."""
+    world_of = SimpleNamespace(Get_size=lambda: size)
+    return SimpleNamespace(
+        COMM_WORLD=world_of, Is_initialized=lambda: True, Is_finalized=lambda: False,
+        Get_library_version=lambda: "MPICH Version: 5.0",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_every_task_is_refused_by_an_mpi_that_does_not_speak_the_launchers_pmix(plain_process, rank):
+    plain_process.setenv("PMIX_RANK", rank)
+    plain_process.setenv("SLURM_STEP_NUM_TASKS", "4")
+    plain_process.setattr(comm, "load_mpi", lambda: an_mpi_of(1))
+    with pytest.raises(JointSparError, match="started 4 or more ranks, but mpi4py's world has 1"):
+        world()
+    plain_process.setenv("WORLD_SIZE", "1")  # tasks that are meant to be alone
+    plain_process.setenv("PMIX_RANK", "0")
+    assert world().name == "local"
+
+
+def test_mpi_by_name_is_refused_under_the_launcher_of_another(plain_process):
+    plain_process.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    plain_process.setattr(sys.modules["jointspar.comm.mpi"], "load_mpi", lambda: an_mpi_of(1))
+    with pytest.raises(JointSparError, match="started 2 or more ranks, but mpi4py's world has 1"):
+        comm.mpi(timeout=5.0)
+
+
+def test_to_go_on_without_ranks_needs_an_mpi_that_takes_calls_of_any_thread(plain_process):
+    plain_process.setattr(sys.modules["jointspar.comm.mpi"], "_outlives_ranks", lambda _: True)
+    given = an_mpi_of(2)
+    given.Query_thread, given.THREAD_SERIALIZED = (lambda: 1), 2
+    plain_process.setattr(sys.modules["jointspar.comm.mpi"], "load_mpi", lambda: given)
+    with pytest.raises(JointSparError, match="MPI_THREAD_SERIALIZED or more"):
+        comm.mpi(on_failure="shrink")
 
 
 def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(plain_process):

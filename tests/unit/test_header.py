@@ -227,6 +227,21 @@ def test_a_go_that_differs_is_refused_on_all_ranks(changed, text):
     assert all(text in message for message in failures(2, program))
 
 
+@pytest.mark.parametrize(
+    ("op", "text"),
+    [
+        (Op.AVERAGE, "average at step 5: number, shapes or dtypes of the model's buffers differ"),
+        (Op.LOAD, "load at step 5: the checkpoints that were found, or the states that were loaded, differ"),
+        (Op.UPDATE, "the chosen exchange, learning rates, other hyperparameters"),
+    ],
+)
+def test_what_differs_is_told_by_what_was_to_be_done(op, text):
+    def program(transport):
+        agreement(transport).go(op, step=5, agreed=transport.rank)
+
+    assert all(text in message for message in failures(2, program))
+
+
 @pytest.mark.parametrize("early", ["finish", "save"])
 def test_a_rank_that_leaves_the_loop_meets_one_that_waits_for_the_next_plan(early):
     def program(transport):

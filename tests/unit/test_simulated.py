@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 import jointspar as js
+from jointspar import survivors
 from jointspar.comm import run_simulated
-from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError
+from jointspar.comm.header import Agreement
+from jointspar.comm.heads import Op
+from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError, RanksLost
 from jointspar.step.exchange import candidates
 
 MPI_TESTS = Path(__file__).parents[1] / "mpi"
@@ -333,6 +336,71 @@ print("done", flush=True)
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_when_a_rank_collects_its_garbage_changes_nothing():
+    """An optimizer with a schedule is a cycle, which may stand on one rank when it is gone on another."""
+
+    def make_and_drop():
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        optimizer = js.JointSparSGD(model.named_parameters())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        return model
+
+    def use(transport):
+        model = make_and_drop()
+        if transport.rank == 1:
+            gc.collect()
+        js.sync_buffers(model)
+
+    run_simulated(2, use)
+
+
+@pytest.fixture
+def uncollected():
+    """Garbage is collected where the test says so only."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_second_loss_leaves_no_rank_with_weights_of_one_step_and_the_count_of_another(monkeypatch):
+    """Rank 1 is a step behind, has taken over the weights, and then more ranks die."""
+    go = Agreement.go
+    dies = {0, 1}
+
+    def lossy(self, op, **arguments):
+        if op == Op.LOAD and self._transport.rank in dies:
+            raise RanksLost("another rank has died")
+        return go(self, op, **arguments)
+
+    monkeypatch.setattr(survivors, "_shrunk", lambda transport: transport)
+    monkeypatch.setattr(Agreement, "go", lossy)
+
+    def use(transport):
+        model = nn.Linear(4, 4)
+        optimizer = js.JointSparSGD(model.named_parameters(), lr=0.1, sampling=js.Sampling(budget=1.0))
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+        if transport.rank == 0:  # made a step more than rank 1, in which others died
+            optimizer._pipeline.step_count += 1
+            with torch.no_grad():
+                model.weight += 100.0
+        with pytest.raises(RanksLost):
+            optimizer.shrink()
+        first = model.weight.mean().item(), optimizer._pipeline.step_count
+        dies.discard(transport.rank)
+        return first, (optimizer.shrink(), model.weight.mean().item())
+
+    for (weight, count), (step, later) in run_simulated(2, use):
+        assert weight > 50.0 and count == 3
+        assert step == 3 and later == weight
 
 
 @pytest.mark.parametrize("keeps_error", [False, True])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+from jointspar.comm.launched import has_launcher, is_size_unknown, num_launched, num_tasks, number
 from jointspar.comm.local import LocalTransport, local
-from jointspar.comm.mpi import check_running, is_running, library_version, load_mpi, mpi
+from jointspar.comm.mpi import check_running, is_running, load_mpi, mpi, size_of_world
 from jointspar.comm.simulated import current_rank, run_simulated
 from jointspar.comm.torch_dist import is_running as is_torch_dist_running
 from jointspar.comm.torch_dist import torch_dist
@@ -15,9 +16,6 @@ from jointspar.errors import JointSparError
 
 __all__ = ["local", "mpi", "run_simulated", "torch_dist", "world"]
 
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
-_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # PMIx alone tells no size
-_SRUN_VARIABLE = "SLURM_STEP_NUM_TASKS"
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # RANK and WORLD_SIZE may also be set by hand, under mpirun too
 
 _world: Transport | None = None
@@ -49,55 +47,31 @@ def world() -> Transport:
 
 
 def _make_world() -> Transport:
-    num_torch = _number(("WORLD_SIZE",))
+    num_torch = number("WORLD_SIZE")
     if num_torch > 1 and _TORCHRUN_VARIABLE in os.environ:
         return torch_dist()
-    num_launched = _num_launched()
-    is_size_unknown = "PMIX_RANK" in os.environ and not any(name in os.environ for name in _SIZE_VARIABLES)
-    if num_launched > 1 or is_size_unknown or _is_mpi_running():
-        return _mpi_world(num_launched)
+    if num_launched() > 1 or is_size_unknown() or _is_mpi_running():
+        return _mpi_world()
     if num_torch > 1 or is_torch_dist_running():
         return torch_dist()
-    if _number((_SRUN_VARIABLE,)) > 1 and num_torch == 0 and not _has_launcher():
+    if num_tasks() > 1 and num_torch == 0 and not has_launcher():
         raise JointSparError(
-            f"srun started {os.environ[_SRUN_VARIABLE]} tasks and tells none of the others, so each would train "
+            f"srun started {num_tasks()} tasks and tells none of the others, so each would train "
             "alone: use srun --mpi=pmix (or pmi2, as the MPI was built), or mpirun. Where the MPI finds its ranks "
             "otherwise, comm=jointspar.comm.mpi(); for tasks that are meant to be alone, WORLD_SIZE=1"
         )
     return local()
 
 
-def _has_launcher() -> bool:
-    """Whether an MPI's launcher has said anything, be it that there is one rank."""
-    return any(name in os.environ for name in (*_SIZE_VARIABLES, *_RANK_VARIABLES))
-
-
-def _mpi_world(num_launched: int) -> Transport:
+def _mpi_world() -> Transport:
     try:
         mpi_module = load_mpi()
         check_running(mpi_module)  # else asking for its world would end the process
     except JointSparError as error:
-        num_launched = max(num_launched, _number((_SRUN_VARIABLE,)))  # PMIX_RANK tells rank 0 of no other
-        if num_launched == 1:  # a batch system's single task
+        if num_launched() == 1:  # a batch system's single task
             return local()
-        raise JointSparError(f"the launcher started {num_launched} or more ranks, but {error}") from error
-    size = mpi_module.COMM_WORLD.Get_size()
-    if num_launched > size:
-        raise JointSparError(
-            f"the launcher started {num_launched} or more ranks, but mpi4py's world has {size}: mpi4py runs on "
-            f"{library_version(mpi_module)}, and the launcher belongs to another MPI. "
-            "Use the mpirun of that MPI (for wheels: the one beside this Python)"
-        )
-    return mpi() if size > 1 else local()
-
-
-def _num_launched() -> int:
-    """The least number of ranks that the launcher's variables speak of; 1 without a launcher."""
-    return max(_number(_SIZE_VARIABLES), _number(_RANK_VARIABLES) + 1, 1)
-
-
-def _number(names: tuple[str, ...]) -> int:
-    return max((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default=0)
+        raise JointSparError(f"the launcher started {num_launched()} or more ranks, but {error}") from error
+    return mpi() if size_of_world(mpi_module) > 1 else local()
 
 
 def _is_mpi_running() -> bool:

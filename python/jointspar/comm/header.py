@@ -52,6 +52,13 @@ _WORLD_SIZE, _NUM_LAYERS, _LAYERS, _ALWAYS, _SETTINGS_HELLO, _NUM_VALUES = range
 # Words of a plan or go after its head. Wishes are not compared.
 _LAYOUT, _SETTINGS, _HASH, _COUNT, _DTYPE, _WISHES = range(4, 10)
 
+# What the hash of a go covers, in words.
+_DIFFERENCES = {
+    Op.AVERAGE: "number, shapes or dtypes of the model's buffers differ",
+    Op.LOAD: "the checkpoints that were found, or the states that were loaded, differ",
+}
+_OTHER_DIFFERENCE = "the chosen exchange, learning rates, other hyperparameters, or which parameters are frozen differ"
+
 _DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
 _num_agreements: WeakKeyDictionary[Transport, int] = WeakKeyDictionary()
 _current: WeakKeyDictionary[Transport, ReferenceType[Agreement]] = WeakKeyDictionary()
@@ -101,7 +108,9 @@ class Agreement:
         if transport.world_size > 1:
             self._say_hello()
             reserve_words(transport, max(-(-len(layer_names) // 64), num_values))
-            if not transport.is_simulated:  # those are closed before any exit, and a hook would keep their models
+            if transport.is_simulated:  # closed before any exit; but garbage is collected at other times on each rank
+                transport.latest_agreement = self  # type: ignore[attr-defined]
+            else:
                 atexit.register(self._finish_at_exit)
 
     @property
@@ -178,11 +187,7 @@ class Agreement:
         words[_DTYPE] = _DTYPES.index(dtype)
         words[NUM_FIXED : NUM_FIXED + own.size] = own.view(np.int64)
         rows = self._transport.start_headers(words, what=describe(op, step)).wait()
-        self._compare(
-            rows,
-            describe(op, step),
-            "the chosen exchange, learning rates, other hyperparameters, or which parameters are frozen differ",
-        )
+        self._compare(rows, describe(op, step), _DIFFERENCES.get(op, _OTHER_DIFFERENCE))
         if op != Op.OVERLAP:  # it comes in the midst of backward, on each rank at its own time
             self._agreed_wishes = Wish(int(np.bitwise_or.reduce(rows[:, _WISHES])) & _ALL_WISHES)
         return rows[:, NUM_FIXED : NUM_FIXED + own.size].copy().view(np.float64)

@@ -23,6 +23,7 @@ import torch
 
 from jointspar.comm import cuda_mpi
 from jointspar.comm.device import call_with_deadline, wait_for_stream
+from jointspar.comm.launched import num_launched
 from jointspar.comm.process import Options, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_buffer, check_words
@@ -329,7 +330,7 @@ def mpi(
     """The ranks of an mpi4py communicator, COMM_WORLD by default; collective.
 
     timeout: seconds that one wait may last, but for that at exit for ranks that still work alone; None is
-        JOINTSPAR_TIMEOUT from the environment, else 300.
+        JOINTSPAR_TIMEOUT from the environment, else 300. Seconds in which the job is suspended count.
     warn: seconds after which a wait is logged, except for sums of CUDA memory; None is JOINTSPAR_WARN, else 60.
     on_failure: "abort" ends the job, non-zero, when an uncaught exception leaves this process or a JointSparError one
     of its threads; "raise" leaves exceptions to the program, which must then end the other ranks too. Either way an
@@ -337,14 +338,19 @@ def mpi(
     have died RanksLost is raised, after which `optimizer.shrink()` goes on with those that are left: for Open MPI 5
     under `mpirun --with-ft ulfm`.
     With an MPI that was started below MPI_THREAD_SERIALIZED, call from the main thread only.
-    Raises JointSparError where mpi4py is missing or MPI is not running, or cannot go on without a rank though it
-    should, or this process is not in the communicator; ValueError for a bad argument.
+    Raises JointSparError where mpi4py is missing or MPI is not running, or is another than the launcher's, so that each
+    rank would be alone, or cannot go on without a rank though it should, or this process is not in the communicator;
+    ValueError for a bad argument.
     """
     options = checked_options(timeout, warn, on_failure, ("abort", "raise", "shrink"))
     mpi_module = load_mpi()
     if on_failure == "shrink" and not _outlives_ranks(mpi_module):
         raise JointSparError("on_failure='shrink' needs Open MPI 5 or later, started as `mpirun --with-ft ulfm -n N`")
     check_running(mpi_module)
+    if on_failure == "shrink" and mpi_module.Query_thread() < mpi_module.THREAD_SERIALIZED:
+        raise JointSparError("on_failure='shrink' needs an MPI that was started with MPI_THREAD_SERIALIZED or more")
+    if communicator is None:
+        size_of_world(mpi_module)
     world = mpi_module.COMM_WORLD if communicator is None else communicator
     if world == mpi_module.COMM_NULL:  # what Split and Create give to ranks outside
         raise JointSparError("this process is not in the given communicator")
@@ -355,6 +361,18 @@ def check_running(mpi_module: ModuleType) -> None:
     """Raises JointSparError where MPI is not initialised, or finalised: most calls would end the process."""
     if not is_running(mpi_module):
         raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
+
+
+def size_of_world(mpi_module: ModuleType) -> int:
+    """Of COMM_WORLD. Raises JointSparError where the launcher started more, and belongs to another MPI."""
+    size: int = mpi_module.COMM_WORLD.Get_size()
+    if num_launched() > size:
+        raise JointSparError(
+            f"the launcher started {num_launched()} or more ranks, but mpi4py's world has {size}: mpi4py runs on "
+            f"{library_version(mpi_module)}, and the launcher belongs to another MPI. "
+            "Use the mpirun of that MPI (for wheels: the one beside this Python)"
+        )
+    return size
 
 
 def is_running(mpi_module: ModuleType) -> bool:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from weakref import ref
@@ -40,6 +40,17 @@ _OWN_DEADLINE = timedelta(days=30)  # gloo counts from the start of a collective
 def _deadline(seconds: float) -> timedelta:
     """For gloo, which knows no infinite one."""
     return min(timedelta(seconds=min(seconds, 1e9)), _OWN_DEADLINE)
+
+
+@contextmanager
+def _undebugged() -> Iterator[None]:
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL has a group wait, at the start of every operation, until all ranks are there."""
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    try:
+        yield
+    finally:
+        dist.set_debug_level(level)
 
 
 class TorchTransport(ProcessTransport):
@@ -66,7 +77,7 @@ class TorchTransport(ProcessTransport):
         """A group of our own. Gloo's deadline ends its construction where a rank stays away, and no later wait."""
         is_part = len(ranks) < dist.get_world_size()
         deadline = _deadline(self.timeout)
-        with self._watch("start"):
+        with self._watch("start"), _undebugged():
             group = self._call("start", dist.new_group, ranks, deadline, "gloo", use_local_synchronization=is_part)
         group._get_backend(torch.device("cpu"))._set_default_timeout(_OWN_DEADLINE)
         return group
@@ -239,7 +250,8 @@ def torch_dist(
     """The ranks of a torch.distributed group, by default of all processes that torchrun started; collective.
 
     Makes two gloo groups of its own, whatever backend `group` has. Where torch.distributed is not initialised, it is,
-    with gloo and the launcher's variables, and shut down at exit.
+    with gloo and the launcher's variables, and shut down at exit. For a group of some of the processes, all of these
+    have to be in equally many groups at that moment, since torch names new ones by that.
 
     timeout: seconds that one wait may last, but for that at exit for ranks that still work alone; None is
         JOINTSPAR_TIMEOUT from the environment, else 300.
