@@ -59,7 +59,9 @@ void set_type(ArrayView& view, const std::string& type, ArgName name, Kind kind,
     raise_dtype(name, kind, shown);
 }
 
-std::string without_byte_order(const std::string& type) {  // little-endian: checked at build time
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "array interfaces are read as little-endian");
+
+std::string without_byte_order(const std::string& type) {
     const bool is_native = !type.empty() && std::string("@=<|").find(type.front()) != std::string::npos;
     return is_native ? type.substr(1) : type;
 }

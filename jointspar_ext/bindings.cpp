@@ -11,7 +11,7 @@ using namespace py::literals;
 namespace {
 
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__linux__) && !defined(JOINTSPAR_NO_CLONES)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(JOINTSPAR_NO_CLONES)
     return __builtin_cpu_supports("avx2") ? "avx2" : "x86-64 baseline";
 #else
     return "compiler default";

@@ -115,7 +115,8 @@ class LarsUpdate {
         for_each_own_chunk(table_, begin, end, [this](int64_t index, const Chunk& chunk) {
             const double local_rate = local_rates_[static_cast<std::size_t>(chunk.slice)];
             param_sums_[static_cast<std::size_t>(index)] =
-                update_chunk(tensors_[chunk.slice].update, chunk.begin, chunk.size, local_rate, options_.nesterov)
+                update_chunk(tensors_[chunk.slice].update, chunk.begin, chunk.size, local_rate, options_.nesterov,
+                             false)
                     .params;
         });
     }

@@ -29,8 +29,13 @@ inline int64_t last_level_cache_bytes() {
 
 // Data beyond the last-level cache is written around it: nobody could read it back from there.
 inline bool exceeds_cache(int64_t bytes) {
+#if defined(__SSE2__)
     static const int64_t cache_bytes = last_level_cache_bytes();
     return bytes > cache_bytes;
+#else
+    static_cast<void>(bytes);  // no such stores here
+    return false;
+#endif
 }
 
 JOINTSPAR_INLINE void copy_non_temporal(std::byte* target, const std::byte* source, std::size_t num_bytes) {

@@ -1,6 +1,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/half_floats.h"
 #include "cpu/non_temporal.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -24,7 +25,7 @@ JOINTSPAR_INLINE double pack_values(const Source* source, Packed* packed, const 
     using Acc = accumulator_t<Source>;
     using Product = accumulator_t<Source, Packed>;
     const Product scale = static_cast<Product>(chunk.scale);
-    SquareLanes<Acc> squares;
+    SquareLanes<Acc> squares{};
     const int64_t shift = write_values<SquareLanes<Acc>::kLanes>(
         packed, chunk.size, chunk.streaming, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {
             const Acc value = convert<Acc>(source[i]);
@@ -35,13 +36,28 @@ JOINTSPAR_INLINE double pack_values(const Source* source, Packed* packed, const 
 }
 
 // Returns the sum of squares of the source.
-JOINTSPAR_SIMD_CLONES double pack_chunk(const PackChunk& chunk) {
+JOINTSPAR_SIMD_CLONES double pack_chunk_simd(const PackChunk& chunk) {
     return visit_dtype(chunk.source_dtype, [&](auto source) JOINTSPAR_INLINE_LAMBDA {
         return visit_dtype(chunk.packed_dtype, [&](auto packed) JOINTSPAR_INLINE_LAMBDA {
             return pack_values(static_cast<const decltype(source)*>(chunk.source),
                                static_cast<decltype(packed)*>(chunk.packed), chunk);
         });
     });
+}
+
+double pack_chunk(PackChunk chunk) {
+    const bool has_halves = chunk.source_dtype == DType::kFloat16 || chunk.packed_dtype == DType::kFloat16;
+    if (!has_halves || !has_half_conversions()) return pack_chunk_simd(chunk);
+    if (chunk.source_dtype == DType::kFloat16) {
+        chunk.source = staged_floats(chunk.source, chunk.size, 0);
+        chunk.source_dtype = DType::kFloat32;
+    }
+    if (chunk.packed_dtype != DType::kFloat16) return pack_chunk_simd(chunk);
+    float* const floats = staged_chunk(1);
+    const double sum =
+        pack_chunk_simd({chunk.source, chunk.source_dtype, floats, DType::kFloat32, chunk.size, chunk.scale, false});
+    to_halves(floats, static_cast<Float16*>(chunk.packed), chunk.size);
+    return sum;
 }
 
 int64_t bytes_moved(const PackSlice* slices, int64_t num_slices, DType packed_dtype) {

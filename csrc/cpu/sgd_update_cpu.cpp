@@ -36,7 +36,7 @@ void sgd_update_cpu(const UpdateTensor* tensors, int64_t num_tensors, bool neste
     std::vector<double> chunk_sums(static_cast<std::size_t>(table.num_chunks()));
     double* const sums = chunk_sums.data();
     for_each_chunk(table, [=](int64_t index, const Chunk& chunk) {
-        sums[index] = update_chunk(tensors[chunk.slice], chunk.begin, chunk.size, kLocalRate, nesterov).grads;
+        sums[index] = update_chunk(tensors[chunk.slice], chunk.begin, chunk.size, kLocalRate, nesterov, true).grads;
     });
     if (grad_norms == nullptr) return;
     for (int64_t k = 0; k < num_tensors; ++k) grad_norms[k] = std::sqrt(table.sum_of(k, sums));

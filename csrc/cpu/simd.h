@@ -7,9 +7,10 @@
 #include "common/square_sums.h"
 #include "common/visit_dtype.h"
 
-// A function so marked is compiled for AVX2 and for the baseline, and the loader picks one. Everything hot must be
-// inlined into it. Neither version contracts a * b + c (-ffp-contract=off), so both give the same bits.
-#if defined(__x86_64__) && defined(__linux__) && !defined(JOINTSPAR_NO_CLONES)
+// A function so marked is compiled for AVX2 and for the baseline, and the loader picks one (glibc's; musl has none).
+// Everything hot must be inlined into it. Neither version contracts a * b + c (-ffp-contract=off), so both give the
+// same bits.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(JOINTSPAR_NO_CLONES)
 #define JOINTSPAR_SIMD_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define JOINTSPAR_SIMD_CLONES
@@ -46,7 +47,7 @@ JOINTSPAR_INLINE void for_each_lane(int64_t size, Visit visit) {
 
 template <class T>
 JOINTSPAR_INLINE double sum_of_squares_in_double(const T* values, int64_t size) {
-    SquareLanes<double> squares;
+    SquareLanes<double> squares{};  // braces: clang forgets the constructor of what only clones use
     for_each_lane<SquareLanes<double>::kLanes>(size, [&](int64_t i, int lane) JOINTSPAR_INLINE_LAMBDA {
         const double value = convert<double>(values[i]);
         squares.lanes[lane] += value * value;

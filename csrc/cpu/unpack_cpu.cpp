@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <type_traits>
 
+#include "cpu/half_floats.h"
 #include "cpu/non_temporal.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -38,7 +40,7 @@ JOINTSPAR_INLINE void copy_values(const Packed* __restrict packed, Target* targe
                          [&](int64_t i, int) JOINTSPAR_INLINE_LAMBDA { return convert<Target>(packed[i]); });
 }
 
-JOINTSPAR_SIMD_CLONES void unpack_chunk(const UnpackChunk& chunk) {
+JOINTSPAR_SIMD_CLONES void unpack_chunk_simd(const UnpackChunk& chunk) {
     visit_dtype(chunk.packed_dtype, [&](auto packed_tag) JOINTSPAR_INLINE_LAMBDA {
         visit_dtype(chunk.target_dtype, [&](auto target_tag) JOINTSPAR_INLINE_LAMBDA {
             const auto* packed = static_cast<const decltype(packed_tag)*>(chunk.packed);
@@ -50,6 +52,34 @@ JOINTSPAR_SIMD_CLONES void unpack_chunk(const UnpackChunk& chunk) {
             }
         });
     });
+}
+
+// By the processor's conversions of float16.
+void unpack_through_floats(UnpackChunk chunk) {
+    if (chunk.packed_dtype == DType::kFloat16) {
+        chunk.packed = staged_floats(chunk.packed, chunk.size, 0);
+        chunk.packed_dtype = DType::kFloat32;
+    }
+    if (chunk.target_dtype != DType::kFloat16) return unpack_chunk_simd(chunk);
+    float* const floats = staged_chunk(1);
+    auto* const halves = static_cast<Float16*>(chunk.target);
+    if (chunk.add) to_floats(halves, floats, chunk.size);
+    unpack_chunk_simd({chunk.packed, chunk.packed_dtype, floats, DType::kFloat32, chunk.size, chunk.add, false});
+    to_halves(floats, halves, chunk.size);
+}
+
+void unpack_chunk(const UnpackChunk& chunk) {
+    const bool is_copy = !chunk.add && chunk.packed_dtype == chunk.target_dtype;
+    const bool has_halves = chunk.packed_dtype == DType::kFloat16 || chunk.target_dtype == DType::kFloat16;
+    if (is_copy || !has_halves || !has_half_conversions()) return unpack_chunk_simd(chunk);
+    constexpr int64_t kPiece = 2048;  // floats of both sides stay in the first-level cache
+    for (int64_t at = 0; at < chunk.size; at += kPiece) {
+        UnpackChunk piece = chunk;
+        piece.packed = static_cast<const std::byte*>(chunk.packed) + at * element_bytes(chunk.packed_dtype);
+        piece.target = static_cast<std::byte*>(chunk.target) + at * element_bytes(chunk.target_dtype);
+        piece.size = std::min(kPiece, chunk.size - at);
+        unpack_through_floats(piece);
+    }
 }
 
 int64_t bytes_moved(const UnpackSlice* slices, int64_t num_slices, DType packed_dtype) {

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 from jointspar.device_arrays import Place, empty, place_of, to_device, to_host
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 FLOAT_NAMES = ("float32", "float64", "bfloat16", "float16")
+
+
+def on_plain_tensors(function: Function) -> Function:
+    """Call it without torch's function modes and subclasses: these take microseconds for each attribute of a tensor.
+
+    So does `torch.set_default_device`, which is such a mode.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **settings: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*arguments, **settings)
+
+    return cast(Function, call)
 
 
 def sequence(name: str, value: Any) -> list[Any]:
@@ -237,11 +253,12 @@ def _copy_on_device(name: str, out: Any, values: Any) -> Any:
 
 def increment_versions(arrays: Iterable[Any]) -> None:
     """Tell autograd that tensors were written, as an in-place torch operation would."""
-    tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
+    written = list(arrays)
     try:
+        torch.autograd.graph.increment_version(written)
+    except (RuntimeError, TypeError):  # other arrays, and inference tensors, count none; to ask first takes longer
+        tensors = [array for array in written if isinstance(array, torch.Tensor) and not array.is_inference()]
         torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # inference tensors count no versions; asking each of them beforehand takes longer
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _host_array(name: str, value: Any) -> np.ndarray:

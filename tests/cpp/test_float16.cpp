@@ -1,8 +1,10 @@
 #include <cfloat>
+#include <cmath>
 #include <limits>
 
 #include "check.h"
 #include "common/float16.h"
+#include "cpu/half_floats.h"
 
 namespace jointspar {
 namespace {
@@ -13,6 +15,27 @@ TEST(float16_survives_the_way_through_float) {
         const bool is_nan = (bits & 0x7FFFu) > 0x7C00u;
         const uint32_t expected = is_nan ? bits | 0x0200u : bits;  // NaN becomes quiet
         CHECK(to_float16(to_float(value)).bits == expected);
+    }
+}
+
+TEST(the_processors_conversions_of_float16_give_the_bits_of_the_portable_ones) {
+    constexpr int64_t kSize = 4099;  // no multiple of a vector's length
+    if (!has_half_conversions()) return;
+    static Float16 halves[kSize];
+    static float floats[kSize];
+    for (uint32_t first = 0; first < 0x10000u; first += kSize) {
+        for (uint32_t i = 0; i < kSize; ++i) halves[i].bits = static_cast<uint16_t>(first + i);
+        to_floats(halves, floats, kSize);
+        for (int64_t i = 0; i < kSize; ++i) {
+            const uint32_t quiet = std::isnan(floats[i]) ? 0x00400000u : 0u;  // the instruction makes NaN quiet at once
+            CHECK(bit_cast<uint32_t>(floats[i]) == (bit_cast<uint32_t>(to_float(halves[i])) | quiet));
+        }
+    }
+    constexpr uint64_t kStep = 977;  // some of each exponent
+    for (uint64_t first = 0; first < 0x100000000u; first += kStep * kSize) {
+        for (uint64_t i = 0; i < kSize; ++i) floats[i] = bit_cast<float>(static_cast<uint32_t>(first + kStep * i));
+        to_halves(floats, halves, kSize);
+        for (int64_t i = 0; i < kSize; ++i) CHECK(halves[i].bits == to_float16(floats[i]).bits);
     }
 }
 

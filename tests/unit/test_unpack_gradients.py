@@ -131,3 +131,33 @@ def test_packed_is_left_as_it_was_and_versions_of_targets_go_up(backend: str, de
 def test_nothing_unpacks_to_nothing(backend: str, device: str) -> None:
     ops.unpack_gradients(torch.zeros(0, device=device), [])
     ops.add_packed(torch.zeros(0, device=device), torch.zeros(0, device=device))
+
+
+def every_half() -> np.ndarray:
+    """All bit patterns of float16, and one more, so that no vector's length divides their number."""
+    return np.append(np.arange(2**16, dtype=np.uint16), np.uint16(0x3C01)).view(np.float16)
+
+
+def test_every_float16_is_read_and_written_as_numpy_does(backend: str) -> None:
+    """NumPy's conversions are its own code: in software, to nearest even."""
+    halves = every_half()
+    wide = np.zeros(halves.size, dtype=np.float32)
+    ops.unpack_gradients(halves, [wide])
+    np.testing.assert_array_equal(wide, halves.astype(np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (halves.astype(np.float32) + np.roll(halves, 1).astype(np.float32)).astype(np.float16)
+    total = halves.copy()
+    ops.add_packed(total, np.roll(halves, 1).copy())
+    np.testing.assert_array_equal(total, expected)
+
+
+def test_halfway_between_two_float16_goes_to_the_even_one(backend: str) -> None:
+    finite = np.sort(every_half()[np.isfinite(every_half())].astype(np.float32))
+    between = (finite[1:] + finite[:-1]) / 2
+    values = np.concatenate(
+        [between, np.nextafter(between, np.inf), np.nextafter(between, -np.inf), [1e-30, 7e4, 65519.9]]
+    )
+    values = values.astype(np.float32)
+    packed, _ = ops.pack_gradients([values], 1.0, wire_dtype="float16")
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(np.asarray(packed), values.astype(np.float16))

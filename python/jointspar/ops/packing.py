@@ -13,6 +13,7 @@ from jointspar.arguments import (
     increment_versions,
     like,
     new_packed,
+    on_plain_tensors,
     per_tensor,
     sequence,
     sizes_of,
@@ -21,6 +22,7 @@ from jointspar.arguments import (
 from jointspar.ops.serving import Array, PerTensor, serving_of
 
 
+@on_plain_tensors
 def pack_gradients(
     grads: Sequence[Array | None],
     scales: PerTensor,
@@ -58,6 +60,7 @@ def pack_gradients(
     return out, like(like_array, norms)
 
 
+@on_plain_tensors
 def unpack_gradients(packed: Array, outs: Sequence[Array], *, add: bool = False) -> None:
     """Copy (or add) the slices of a packed buffer into `outs`, which are mutated.
 
@@ -72,6 +75,7 @@ def unpack_gradients(packed: Array, outs: Sequence[Array], *, add: bool = False)
     increment_versions(outs)
 
 
+@on_plain_tensors
 def add_packed(out: Array, packed: Array) -> None:
     """out += packed, both 1-D of one dtype and size; `out` is mutated. 16-bit types are added in float32."""
     check_packed_kind("out", out, None)
@@ -80,6 +84,7 @@ def add_packed(out: Array, packed: Array) -> None:
     increment_versions([out])
 
 
+@on_plain_tensors
 def squared_norms(grads: Sequence[Array] | Array, *, layout: Sequence[int] | Array | None = None) -> Array:
     """Squared Euclidean norms, float64 [num_tensors], of arrays or of the slices of a packed buffer.
 

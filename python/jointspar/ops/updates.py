@@ -15,6 +15,7 @@ from jointspar.arguments import (
     flags,
     increment_versions,
     like,
+    on_plain_tensors,
     per_tensor,
     sequence,
     vector,
@@ -31,6 +32,7 @@ class LarsNorms(NamedTuple):
     param_norms_after: Array  # ||w|| after the update: pass as param_norms next time
 
 
+@on_plain_tensors
 def lars_update(
     params: Sequence[Array],
     momenta: Sequence[Array],
@@ -90,6 +92,7 @@ def lars_update(
     )
 
 
+@on_plain_tensors
 def lars_update_rows(
     params: list[Array],
     momenta: list[Array],
@@ -123,6 +126,7 @@ def lars_update_rows(
     return LarsNorms(like(like_array, measured[0]), like(like_array, measured[1]))
 
 
+@on_plain_tensors
 def sgd_update(
     params: Sequence[Array],
     momenta: Sequence[Array],
@@ -154,6 +158,7 @@ def sgd_update(
     )
 
 
+@on_plain_tensors
 def sgd_update_rows(
     params: list[Array],
     momenta: list[Array],

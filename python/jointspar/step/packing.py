@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from jointspar import ops
-from jointspar.arguments import dtype_name
+from jointspar.arguments import dtype_name, on_plain_tensors
 from jointspar.errors import JointSparError, warn_user
 
 _EVEN = 1.25  # a bucket's bytes of the busiest rank, over those of the mean rank
@@ -122,6 +122,7 @@ class Packer:
             self._buffer = self._buffer.new_empty(end)
         return self._buffer[layout.start : end]
 
+    @on_plain_tensors
     def pack(
         self, layout: PackedLayout, computed: np.ndarray, scales: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:

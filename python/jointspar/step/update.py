@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from jointspar import ops
+from jointspar.arguments import on_plain_tensors
 from jointspar.ops.updates import lars_update_rows, sgd_update_rows
 
 REMEASURE_EVERY = 100  # steps after which carried norms are measured again
 # Carried and measured norms of the same weights differ by less, relatively: their sums may have another order.
 _SAME_WEIGHTS = {torch.float64: 1e-12}
-_SAME_WEIGHTS_IN_FLOAT = 1e-6
+_SAME_WEIGHTS_IN_FLOAT = 1e-5  # as much as sums of equal float32 values can lose
 
 
 class HyperParameters:
@@ -125,6 +126,7 @@ class LarsUpdate:
         self._pointers = np.zeros(len(parameters), dtype=np.int64)
         self._steps = 0
 
+    @on_plain_tensors
     def apply(
         self,
         positions: np.ndarray,
@@ -242,6 +244,7 @@ class SgdUpdate:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Changes nothing."""
 
+    @on_plain_tensors
     def apply(
         self,
         positions: np.ndarray,
