@@ -21,7 +21,7 @@ from operation import (
     pytest_id,
     run_in_pytest,
 )
-from packed_problem import AddProblem
+from packed_problem import WIRE_DTYPES, AddProblem
 
 
 def ours(problem: AddProblem) -> None:
@@ -58,7 +58,7 @@ def compiled(problem: AddProblem) -> None:
 
 OPERATION = Operation(
     "add_packed",
-    model_cases(),
+    model_cases(WIRE_DTYPES),
     AddProblem,
     [
         *backends_of(ours),

@@ -1,4 +1,4 @@
-"""Packing half of a model's float32 gradients into one buffer of float32 or bfloat16, with their norms."""
+"""Packing half of a model's float32 gradients into one buffer of float32, bfloat16 or float16, with their norms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from operation import (
     pytest_id,
     run_in_pytest,
 )
-from packed_problem import SCALE, PackProblem
+from packed_problem import SCALE, WIRE_DTYPES, PackProblem
 
 Packed = tuple[torch.Tensor, Sequence[Any]]  # the buffer and the norms of the unscaled gradients
 
@@ -88,7 +88,7 @@ def copy_without_norms(problem: PackProblem) -> None:
 
 OPERATION = Operation(
     "pack_gradients",
-    model_cases(),
+    model_cases(WIRE_DTYPES),
     PackProblem,
     [
         *backends_of(ours),

@@ -1,4 +1,4 @@
-"""Copying a packed buffer of float32 or bfloat16 back into float32 tensors."""
+"""Copying a packed buffer of float32, bfloat16 or float16 back into float32 tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from operation import (
     pytest_id,
     run_in_pytest,
 )
-from packed_problem import UnpackProblem
+from packed_problem import WIRE_DTYPES, UnpackProblem
 
 
 def ours(problem: UnpackProblem) -> None:
@@ -64,7 +64,7 @@ def compiled(problem: UnpackProblem) -> None:
 
 OPERATION = Operation(
     "unpack_gradients",
-    model_cases(),
+    model_cases(WIRE_DTYPES),
     UnpackProblem,
     [
         *backends_of(ours),

@@ -12,7 +12,7 @@ import torch
 from jointspar import ops
 from shapes import MODELS, Shape
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8}  # of stored values, relative to the largest one
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # of stored values, relative to the largest one
 MOMENTUM_BYTES = 4  # momentum of float32 and bfloat16 parameters is float32
 # Calls in one timed sample of a case that fits the caches; larger ones are called once, from cold caches.
 CALLS_IN_CACHE = {"in_cache": 10, "small": 20}
@@ -111,12 +111,12 @@ def backends_of(call: Callable[[Any], Any]) -> list[Variant]:
     ]
 
 
-def model_cases() -> list[Case]:
-    """Every list of shapes in float32 and bfloat16."""
+def model_cases(dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[Case]:
+    """Every list of shapes in each dtype."""
     return [
         Case(name, shapes, dtype, CALLS_IN_CACHE.get(name, 1), name in CALLS_IN_CACHE)
         for name, shapes in MODELS.items()
-        for dtype in ("float32", "bfloat16")
+        for dtype in dtypes
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from operation import TOLERANCE, Case, Traffic, assert_close
 
+WIRE_DTYPES = ("float32", "bfloat16", "float16")
 SCALE = 2.0  # 1 / p of a layer that is drawn half of the time
 NORM_TOLERANCE = 2e-3  # torch's float32 norm of 17 million values is off by 6.5e-4; tests hold ours to 1e-6
 

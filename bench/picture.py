@@ -17,7 +17,7 @@ COLOURS = {"ours": "#1f3a5f", "peer": "#d1603d", "floor": "#8a8f98"}
 LABELS = {"ours": "jointspar", "peer": "peer: the same work in PyTorch", "floor": "floor: less work, in PyTorch"}
 WIDTH_PER_THREAD, SMALLEST_WIDTH = 5.5, 9.0
 END = 1.3  # of the axis: what is shown above 1 is noise, or a limit that only this small size can beat
-LIGHTER = 0.5  # opacity of bfloat16
+OPACITY = {"float32": 1.0, "bfloat16": 0.5, "float16": 0.25}
 
 
 def draw_fractions(path: Path, record: Record, cells: Sequence[Cell]) -> bool:
@@ -50,16 +50,16 @@ def draw_fractions(path: Path, record: Record, cells: Sequence[Cell]) -> bool:
 
 
 def _draw_operation(axes: Axes, cells: Sequence[Cell]) -> None:
-    """A group of bars a variant: float32, and below it, lighter, bfloat16."""
+    """A group of bars a variant, one a dtype: float32 solid, 16-bit ones lighter."""
     names = list(dict.fromkeys(row["variant"] for cell in cells for row in cell["variants"] if row["role"] in COLOURS))
     height = 0.8 / len(cells)
-    for place, cell in enumerate(sorted(cells, key=lambda cell: cell["dtype"], reverse=True)):
+    for place, cell in enumerate(sorted(cells, key=lambda cell: -OPACITY.get(cell["dtype"], 1.0))):
         rows = [row for row in cell["variants"] if row["role"] in COLOURS]
         centres = [names.index(row["variant"]) + (place + 0.5) * height - 0.4 for row in rows]
         medians, low, high = (np.array([row["of_limit"][key] for row in rows]) for key in ("median", "p10", "p90"))
         axes.barh(
             centres, medians, height, color=[COLOURS[row["role"]] for row in rows],
-            alpha=LIGHTER if cell["dtype"] == "bfloat16" else 1.0,
+            alpha=OPACITY.get(cell["dtype"], 1.0),
             xerr=[medians - low, high - medians], error_kw={"lw": 0.8},
         )  # fmt: skip
     axes.axvline(1.0, color="black", lw=0.8, ls="--")
@@ -72,7 +72,7 @@ def _explain(figure: Figure, record: Record, case: str) -> None:
     machine, commit = record["machine"], (record["commit"] or "unknown")[:10]
     quick = "   QUICK RUN: NOT A MEASUREMENT" if record["quick"] else ""
     figure.suptitle(
-        f"Fraction of the machine's limit, {case}; solid float32, light bfloat16{quick}\n"
+        f"Fraction of the machine's limit, {case}; solid float32, light bfloat16, lightest float16{quick}\n"
         f"{machine['processor']}, {machine['cores']} cores; torch {record['versions']['torch']}; "
         f"commit {commit}; {record['date'][:10]}",
         x=0.01, ha="left", fontsize=10,
