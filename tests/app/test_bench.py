@@ -190,7 +190,7 @@ def test_quick_run_checks_every_operation_and_writes_its_results(tmp_path: Path)
     (path,) = tmp_path.glob("*-ops-quick.json")
     record = json.loads(path.read_text())
     assert {cell["operation"] for cell in record["cells"]} == set(bench_ops.OPERATIONS)
-    assert {cell["dtype"] for cell in record["cells"]} == {"float32", "bfloat16", "float64"}
+    assert {cell["dtype"] for cell in record["cells"]} == {"float32", "bfloat16", "float16", "float64"}
     assert record["command"].startswith("jointspar bench ops --quick")
     assert record["left_out"]["compile"]
     assert {"processor", "cores", "load_average"} <= record["machine"].keys()
