@@ -36,7 +36,8 @@ def save(
     """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
 
     Args:
-        directory: made where it is missing; a file system that all ranks see. One for each optimizer.
+        directory: made where it is missing; a file system that all ranks see. One for each optimizer. (After a start
+            anew `load` each directory that is to be saved in, the one to continue from last.)
         optimizer: JointSparLARS or JointSparSGD, outside of a synchronize/step pair.
         keep: how many checkpoints stay; older ones are deleted after this one is complete.
 
@@ -55,6 +56,7 @@ def save(
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
     on_disk.refuse_others(directory, final, optimizer._checkpoint_directories)
+    optimizer._checkpoint_directories.add(directory.resolve())  # what is there after an interruption is its own
     settings = {
         "param_groups": to_json(state["param_groups"]),
         "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
@@ -74,7 +76,6 @@ def save(
         on_disk.write_manifest(partial, comm.world_size, step, settings)
         on_disk.publish(partial, final, keep)
     optimizer.meet(Op.SAVE)  # it has its name
-    optimizer._checkpoint_directories.add(directory.resolve())
     return final
 
 

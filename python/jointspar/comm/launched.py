@@ -26,10 +26,16 @@ def is_size_unknown() -> bool:
 
 def num_launched() -> int:
     """The least number of ranks that the launcher's variables speak of; 1 without a launcher."""
-    of_launcher = max(number(*SIZE_VARIABLES), number(*RANK_VARIABLES) + 1, 1)
-    return max(of_launcher, num_tasks()) if is_size_unknown() else of_launcher
+    if is_size_unknown():
+        return 1 if _is_alone() else max(number(*RANK_VARIABLES) + 1, num_tasks())
+    return max(number(*SIZE_VARIABLES), number(*RANK_VARIABLES) + 1, 1)
 
 
 def num_tasks() -> int:
-    """How many tasks srun started; 0 without it, and where WORLD_SIZE=1 says that each is meant to be alone."""
-    return 0 if os.environ.get("WORLD_SIZE") == "1" else number(_SRUN_VARIABLE)
+    """How many tasks srun started; 0 without it, and where each is meant to be alone."""
+    return 0 if _is_alone() else number(_SRUN_VARIABLE)
+
+
+def _is_alone() -> bool:
+    """Whether the user says so, to whom srun's count means something else."""
+    return os.environ.get("WORLD_SIZE") == "1"
