@@ -256,6 +256,23 @@ def test_two_optimizers_do_not_share_a_directory(tmp_path):
     js.checkpoint.save(tmp_path / "other", model=second, optimizer=other)
 
 
+def test_a_first_save_that_was_interrupted_at_its_end_can_be_repeated(tmp_path, monkeypatch):
+    model, optimizer, scheduler = make()
+    publish = checkpoint_files.publish
+
+    def publish_and_fail(*arguments):
+        publish(*arguments)
+        raise OSError("the other rank has gone")
+
+    monkeypatch.setattr(checkpoint_files, "publish", publish_and_fail)
+    with pytest.raises(OSError, match="gone"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    monkeypatch.undo()
+    train(model, optimizer, scheduler, 1)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000000", "step-00000001"]
+
+
 def test_a_run_that_loaded_an_earlier_one_saves_beside_it(tmp_path, monkeypatch):
     model, optimizer, scheduler = make()
     train(model, optimizer, scheduler, 2)
