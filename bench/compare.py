@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,9 +134,16 @@ def changes_of(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], 
 
 
 def _cell_pairs(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Cell, Cell]]:
-    """Each cell of the old file with that of the new one; {} where it has none."""
-    cells = {_place(cell): cell for cell in new["cells"]}
-    return ((cell, cells.get(_place(cell), {})) for cell in old["cells"] if _place(cell))
+    """Each cell of the old file with that of the new one; {} where it has none.
+
+    What was measured twice (by the parts iterations and loss of network) is paired in order.
+    """
+    cells: defaultdict[Key, deque[Cell]] = defaultdict(deque)
+    for cell in new["cells"]:
+        cells[_place(cell)].append(cell)
+    for cell in old["cells"]:
+        if place := _place(cell):
+            yield cell, cells[place].popleft() if cells[place] else {}
 
 
 def _common_peer(old: Cell, new: Cell) -> str | None:

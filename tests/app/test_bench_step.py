@@ -157,6 +157,9 @@ def test_compare_takes_network_files_by_rate_and_by_what_auto_took(
         return made
 
     assert compared(tmp_path, record(1.2, 1.0), record(1.1, 1.1)) == 0
+    twice = [{**record(speedup, 1.0), "cells": record(speedup, 1.0)["cells"][:1]} for speedup in (2.0, 1.2)]
+    both = {**twice[0], "cells": [*twice[0]["cells"], *twice[1]["cells"]]}  # by the parts iterations and loss
+    assert compared(tmp_path, both, both) == 0
     assert compared(tmp_path, record(1.2, 1.0), record(0.9, 1.25)) == 1
     output = capsys.readouterr().out
     assert "WORSE  resnet18, ranks 2, 0.3 Gbit/s, stratified_0.5: 1.2 -> 0.9 over the best peer (-25%)" in output
