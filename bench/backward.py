@@ -134,10 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="jointspar bench backward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(quick=False)  # there is no such form
     parser.add_argument("--rounds", type=positive, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default bench/results)")
     options = parser.parse_args(arguments)
-    options.quick = False
     record = new_record("backward", sys.argv[1:] if arguments is None else arguments, options, {}, schema=SCHEMA)
     torch.set_num_threads(1)
     cells = cells_of(time_resnet18(options.rounds), transformer_bytes(4 * options.rounds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -9,16 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import networks
+from alternate import spread
 from jobs import find_launcher
 from jointspar import cli
+from jointspar.training.data.datasets import DatasetError
 from network import hosts as hosts_module
 from network import launchers, raw, training, transfers
 from network.hosts import INTERFACE, JobError, refusal, standing
@@ -202,6 +207,59 @@ def test_without_what_it_needs_it_says_so_in_one_line(
     assert message in error and error.count("\n") == 1
     assert networks.main(["--quick"]) == 0
     assert "skipped: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_hosts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The command may begin, and no host stands."""
+    monkeypatch.setattr(networks, "refusal", lambda: None)
+    monkeypatch.setattr(launchers, "find", lambda names, interface: ([Launcher("openmpi", "/v/bin/python")], {}))
+    monkeypatch.setattr(networks, "standing", lambda *_: nullcontext(None))
+    return monkeypatch
+
+
+def test_missing_data_end_the_command_before_hours_of_other_parts(
+    without_hosts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise DatasetError(f"{name} is missing")
+
+    without_hosts.setattr(networks, "load_dataset", missing)
+    without_hosts.setattr(networks, "_run", lambda *_: pytest.fail("it began"))
+    assert networks.main([]) == 2
+    assert capsys.readouterr().err == "jointspar bench network: loss: fashion-mnist is missing\n"
+
+
+def test_a_job_that_fails_late_leaves_what_came_before_with_its_picture(
+    without_hosts: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"exchange": "ring", "is_chosen": True, "ms": spread(np.ones(3))._asdict(), "ideal_ms": 1.0,
+           "of_ideal": spread(np.ones(3))._asdict(), "transport_share": 1.0, "interface_share": 1.0}  # fmt: skip
+    place = {"launcher": "openmpi", "ranks": 2, "gbits": 1.0, "raw": {"ring_gbits": 1.0, "one_way_gbits": 1.0}}
+    cell = {"kind": "transfers", "what": "dense", "full_bytes": 4_000_000, "exchanges": [row], **place}
+
+    def cells(*_: object) -> Iterator[dict[str, Any]]:
+        yield cell
+        raise JobError("too late")
+
+    without_hosts.setattr(networks, "_cells", cells)
+    assert networks.main(["transfers", "--out", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert "too late" in output.err and "wrote " in output.out
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["cells"] == [cell]
+    assert path.with_name(f"{path.stem}-transfers.png").exists()
+
+
+def test_a_job_has_the_longer_the_more_it_is_to_do() -> None:
+    """On four hosts at 0.1 Gbit/s all exchanges of a round took 60 s, of 20 MB of dense buffers and ResNet-18's."""
+
+    def limit(rounds: int, *megabytes: float) -> float:
+        return transfers._time_limit(argparse.Namespace(rounds=rounds, megabytes=list(megabytes)))
+
+    for rounds in (1, 10, 100):
+        assert limit(rounds, 4.0, 16.0) > 2 * 60 * (rounds + 1)
+    assert limit(10, 400.0) > 2 * limit(10, 4.0, 16.0)
 
 
 @pytest.mark.slow
