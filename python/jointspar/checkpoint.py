@@ -56,7 +56,6 @@ def save(
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
     on_disk.refuse_others(directory, final, optimizer._checkpoint_directories)
-    optimizer._checkpoint_directories.add(directory.resolve())  # what is there after an interruption is its own
     settings = {
         "param_groups": to_json(state["param_groups"]),
         "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
@@ -65,6 +64,7 @@ def save(
     if len(json.dumps(settings, indent=1)) > on_disk.MAX_MANIFEST_BYTES // 2:
         raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
     optimizer.meet(Op.SAVE)
+    optimizer._checkpoint_directories.add(directory.resolve())  # what is there after an interruption is its own
     if comm.rank == 0:
         on_disk.make_partial(partial)
     optimizer.meet(Op.SAVE)  # the folder is there

@@ -137,7 +137,7 @@ def set_aside(folders: Sequence[Path]) -> None:
 def refuse_others(directory: Path, final: Path, own: set[Path]) -> None:
     """What is not this optimizer's would be replaced, deleted or loaded in place of it.
 
-    Later checkpoints are another run's in any case; unreadable ones are passed over anyway.
+    Later checkpoints are another run's in any case; folders without a manifest hold nothing that could be loaded.
     """
     for folder in checkpoints_in(directory):
         if (folder / MANIFEST).exists():
@@ -147,6 +147,6 @@ def refuse_others(directory: Path, final: Path, own: set[Path]) -> None:
                 )
             if directory.resolve() not in own:
                 raise CheckpointError(
-                    f"{directory}: holds {folder.name} of another optimizer or run: load it, or save in another "
-                    "directory"
+                    f"{directory}: holds {folder.name} of another optimizer or run: load it, save in another "
+                    "directory, or remove it"
                 )

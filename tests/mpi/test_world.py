@@ -92,6 +92,16 @@ def test_mpi_by_name_is_refused_under_the_launcher_of_another(plain_process):
         comm.mpi(timeout=5.0)
 
 
+def test_an_outer_launchers_count_is_no_reason_to_refuse_a_world_of_several(plain_process):
+    """Such as srun's, in whose job an mpirun of another MPI was started."""
+    plain_process.setenv("PMI_SIZE", "8")
+    given = an_mpi_of(2)
+    given.COMM_NULL = given.COMM_WORLD  # where the call is to end
+    plain_process.setattr(sys.modules["jointspar.comm.mpi"], "load_mpi", lambda: given)
+    with pytest.raises(JointSparError, match="not in the given communicator"):
+        comm.mpi(timeout=5.0)
+
+
 def test_to_go_on_without_ranks_needs_an_mpi_that_takes_calls_of_any_thread(plain_process):
     plain_process.setattr(sys.modules["jointspar.comm.mpi"], "_outlives_ranks", lambda _: True)
     given = an_mpi_of(2)

@@ -108,7 +108,7 @@ class Agreement:
         if transport.world_size > 1:
             self._say_hello()
             reserve_words(transport, max(-(-len(layer_names) // 64), num_values))
-            if transport.is_simulated:  # closed before any exit; but garbage is collected at other times on each rank
+            if transport.is_simulated:  # closed before any exit, but its ranks collect garbage at different times
                 transport.latest_agreement = self  # type: ignore[attr-defined]
             else:
                 atexit.register(self._finish_at_exit)

@@ -349,9 +349,8 @@ def mpi(
     check_running(mpi_module)
     if on_failure == "shrink" and mpi_module.Query_thread() < mpi_module.THREAD_SERIALIZED:
         raise JointSparError("on_failure='shrink' needs an MPI that was started with MPI_THREAD_SERIALIZED or more")
-    if (
-        communicator is None and mpi_module.COMM_WORLD.Get_size() == 1
-    ):  # another launcher's, around this one's, may say more
+    is_alone = communicator is None and mpi_module.COMM_WORLD.Get_size() == 1
+    if is_alone:  # else a launcher around this one may say more
         size_of_world(mpi_module)
     world = mpi_module.COMM_WORLD if communicator is None else communicator
     if world == mpi_module.COMM_NULL:  # what Split and Create give to ranks outside

@@ -78,6 +78,7 @@ class SimulatedTransport(CheckedTransport):
     def __init__(self, world: _World, rank: int) -> None:
         super().__init__(library="simulation", name="simulated", rank=rank, world_size=world.size, timeout=float("inf"))
         self._world = world
+        self.latest_agreement: object = None  # held here, as an exit handler holds that of a real rank
 
     def start_headers(self, words: np.ndarray, *, what: str) -> _PendingHeaders:
         self._check_usable(what)

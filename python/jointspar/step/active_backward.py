@@ -30,8 +30,8 @@ class ActiveBackward:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        owners = [_owners[parameter]() for parameter in parameters if parameter in _owners]
-        before = [owner for owner in owners if owner is not None]
+        owners = (_owners[parameter]() for parameter in parameters if parameter in _owners)
+        before = dict.fromkeys(owner for owner in owners if owner is not None)  # each once
         for owner in before:
             owner._warn_of_left_out(parameters)
             owner.release()
