@@ -48,6 +48,8 @@ def give_up_while_a_transport_is_made():
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
+            if is_torchrun():
+                dist.barrier()  # the other rank may still be connecting the first group, and would see this one go
             raise GivenUp
         return make(*arguments)
 
