@@ -103,7 +103,7 @@ def test_an_outer_launchers_count_is_no_reason_to_refuse_a_world_of_several(plai
 
 
 def test_to_go_on_without_ranks_needs_an_mpi_that_takes_calls_of_any_thread(plain_process):
-    plain_process.setattr(sys.modules["jointspar.comm.mpi"], "_outlives_ranks", lambda _: True)
+    plain_process.setattr(sys.modules["jointspar.comm.mpi"], "outlives_ranks", lambda _: True)
     given = an_mpi_of(2)
     given.Query_thread, given.THREAD_SERIALIZED = (lambda: 1), 2
     plain_process.setattr(sys.modules["jointspar.comm.mpi"], "load_mpi", lambda: given)

@@ -31,7 +31,7 @@ NUMBA = "jointspar.backends.numba_"
 CUPY = "jointspar.backends.cupy_"
 INDEPENDENT_OF_NUMBA = ("jointspar.backends.reference", "jointspar.backends.native")
 
-MPI_FILE = "jointspar.comm.mpi"
+MPI_FILE = "jointspar.comm.mpi_library"
 DISTRIBUTED_FILE = "jointspar.comm.torch_dist"
 
 # mpi4py's lower-case methods pickle what they send and unpickle what a peer sent.
@@ -112,9 +112,10 @@ def stage_of(module: str) -> str:
 def pickling_calls(source: str) -> list[str]:
     """Calls that pickle what they send: torch.distributed's of objects anywhere, and mpi4py's lower-case methods.
 
-    The latter in files that import mpi4py; a class's own methods do not count.
+    The latter in files that import mpi4py or what loads it; a class's own methods do not count.
     """
-    uses_mpi4py = any(name.split(".")[0] == "mpi4py" for name in imported_modules(source, "anything"))
+    names = list(imported_modules(source, "anything"))
+    uses_mpi4py = any(name.split(".")[0] == "mpi4py" or name.startswith(MPI_FILE) for name in names)
     calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [ast.unparse(call) for call in calls if is_pickling(call, uses_mpi4py)]
 
@@ -210,6 +211,8 @@ def test_a_pickling_call_is_found() -> None:
     assert pickling_calls(source + "comm.bcast(a)\nMPI.COMM_WORLD.allreduce(1)") == [
         "comm.bcast", "MPI.COMM_WORLD.allreduce",
     ]  # fmt: skip
+    loaded = "from jointspar.comm.mpi_library import load_mpi\nworld = load_mpi().COMM_WORLD\n"
+    assert pickling_calls(loaded + "world.bcast(a)") == ["world.bcast"]
     assert pickling_calls("transport.allreduce(buffer)\njs.checkpoint.load(folder)") == []
     assert pickling_calls("import torch\ntorch.load(file)") == ["torch.load"]
     source = "import torch.distributed as dist\nfrom torch.distributed import gather_object\n"

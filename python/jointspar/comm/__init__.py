@@ -7,7 +7,8 @@ import sys
 
 from jointspar.comm.launched import has_launcher, is_size_unknown, num_launched, num_tasks, number
 from jointspar.comm.local import LocalTransport, local
-from jointspar.comm.mpi import check_running, is_running, load_mpi, mpi, size_of_world
+from jointspar.comm.mpi import mpi
+from jointspar.comm.mpi_library import check_running, is_running, load_mpi, size_of_world
 from jointspar.comm.simulated import current_rank, run_simulated
 from jointspar.comm.torch_dist import is_running as is_torch_dist_running
 from jointspar.comm.torch_dist import torch_dist

