@@ -76,7 +76,7 @@ class JointSparOptimizer(SavedOptimizer):
         self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged: Exchanged | None = None
-        self._checkpoint_directories = set()
+        self._run = None
         self._make_pipeline = partial(
             Pipeline,
             layers,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from jointspar import checkpoint_files as on_disk
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import Op
+from jointspar.comm.transport import Transport
 from jointspar.errors import CheckpointError, warn_user
 from jointspar.plain_json import from_json, to_json
 
@@ -36,16 +38,15 @@ def save(
     """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
 
     Args:
-        directory: made where it is missing; a file system that all ranks see. One for each optimizer. (After a start
-            anew `load` each directory that is to be saved in, the one to continue from last.)
+        directory: made where it is missing; a file system that all ranks see. One or more for each optimizer.
         optimizer: JointSparLARS or JointSparSGD, outside of a synchronize/step pair.
         keep: how many checkpoints stay; older ones are deleted after this one is complete.
 
     Returns: the checkpoint's folder.
     Raises: DesyncError where another rank does something else, OSError where the folder cannot be written, TypeError
     for `extra` or scheduler state that JSON cannot hold or a model's state that is no tensor, ValueError for more than
-    32 MiB of JSON, CheckpointError where the directory holds later steps, or checkpoints that this optimizer has
-    neither saved nor loaded: another optimizer's, or another run's.
+    32 MiB of JSON, CheckpointError where the directory holds later steps, or checkpoints of another optimizer or run:
+    a run begins with an optimizer, and goes on with every one that loads a checkpoint of it.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not at least 1")
@@ -55,8 +56,8 @@ def save(
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
     final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
-    on_disk.refuse_others(directory, final, optimizer._checkpoint_directories)
-    settings = {
+    on_disk.refuse_others(directory, final, optimizer._run)
+    settings: dict[str, Any] = {
         "param_groups": to_json(state["param_groups"]),
         "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
         "extra": to_json(extra or {}),
@@ -64,7 +65,9 @@ def save(
     if len(json.dumps(settings, indent=1)) > on_disk.MAX_MANIFEST_BYTES // 2:
         raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
     optimizer.meet(Op.SAVE)
-    optimizer._checkpoint_directories.add(directory.resolve())  # what is there after an interruption is its own
+    if optimizer._run is None:
+        optimizer._run = _new_run(comm)
+    settings["run"] = optimizer._run
     if comm.rank == 0:
         on_disk.make_partial(partial)
     optimizer.meet(Op.SAVE)  # the folder is there
@@ -108,6 +111,7 @@ def load(
     try:
         momenta = {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()}
         groups, extra = from_json(manifest["param_groups"]), dict(from_json(manifest["extra"]))
+        run = str(manifest.get("run", ""))  # earlier versions named none
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
         optimizer.check_state_dict(state)
         torch.Generator().set_state(own["random_state"])
@@ -127,8 +131,15 @@ def load(
             torch.cuda.set_rng_state(own["device_random_state"], device)
     else:  # every rank read rank 0's; alike on all ranks, dropout and augmentation would be the same on all
         torch.manual_seed(stable_hash([own["random_state"], np.array(optimizer.comm.rank)]))
-    optimizer._checkpoint_directories.add(Path(directory).resolve())
+    optimizer._run = run
     return extra
+
+
+def _new_run(comm: Transport) -> str:
+    """A name that no other run has, the same on all ranks. Collective."""
+    number = torch.tensor([secrets.randbits(63)])
+    comm.broadcast(number, 0, what="name of the run")
+    return f"{int(number):016x}"
 
 
 def _load_scheduler(scheduler: Any, state: object) -> None:

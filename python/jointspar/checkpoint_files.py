@@ -52,11 +52,7 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Manifest and tensors of one checkpoint, every byte of it verified."""
     try:
-        check_plain(folder / MANIFEST, MAX_MANIFEST_BYTES)
-        content = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(content)
-        if content != _sealed(manifest):
-            raise CheckpointError(f"{folder / MANIFEST}: is damaged (its digest differs)")
+        manifest = _read_manifest(folder)
         if manifest["format"] != FORMAT:
             raise Refused(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
         _check_names(folder, manifest)
@@ -79,6 +75,15 @@ def read(
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
     except OSError as error:
         raise Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    check_plain(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    content = (folder / MANIFEST).read_bytes()
+    manifest: dict[str, Any] = json.loads(content)
+    if content != _sealed(manifest):
+        raise CheckpointError(f"{folder / MANIFEST}: is damaged (its digest differs)")
+    return manifest
 
 
 def _check_names(folder: Path, manifest: dict[str, Any]) -> None:
@@ -134,19 +139,20 @@ def set_aside(folders: Sequence[Path]) -> None:
         os.replace(folder, folder.with_name(f"unusable-{folder.name}-{time.time_ns()}"))
 
 
-def refuse_others(directory: Path, final: Path, own: set[Path]) -> None:
-    """What is not this optimizer's would be replaced, deleted or loaded in place of it.
+def refuse_others(directory: Path, final: Path, run: str | None) -> None:
+    """What is of another run than `run` (None: of any) would be replaced, deleted or loaded in place of this one's.
 
-    Later checkpoints are another run's in any case; folders without a manifest hold nothing that could be loaded.
+    Later checkpoints are another run's in any case; folders without a sound manifest hold nothing that could be loaded.
     """
     for folder in checkpoints_in(directory):
-        if (folder / MANIFEST).exists():
-            if folder.name > final.name:
-                raise CheckpointError(
-                    f"{directory}: holds the later {folder.name}: load it, or save in another directory"
-                )
-            if directory.resolve() not in own:
-                raise CheckpointError(
-                    f"{directory}: holds {folder.name} of another optimizer or run: load it, save in another "
-                    "directory, or remove it"
-                )
+        try:
+            found = _read_manifest(folder).get("run", "")
+        except (CheckpointError, OSError, *MALFORMED):
+            continue
+        if folder.name > final.name:
+            raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
+        if run is None or found != run:
+            raise CheckpointError(
+                f"{directory}: holds {folder.name} of another optimizer or run: load it, save in another "
+                "directory, or remove it"
+            )

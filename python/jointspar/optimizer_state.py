@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class SavedOptimizer(torch.optim.Optimizer):
     _update: LarsUpdate | SgdUpdate
     _pipeline: Pipeline
     _exchanged: Exchanged | None  # between synchronize() and step()
-    _checkpoint_directories: set[Path]  # resolved, which `jointspar.checkpoint` wrote or read for this optimizer
+    _run: str | None  # by which `jointspar.checkpoint` knows this optimizer's checkpoints; None: none made nor loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuses copy.deepcopy and pickle: a copy would meet no other rank's."""

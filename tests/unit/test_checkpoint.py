@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import jointspar as js
-from jointspar import checkpoint_files
+from jointspar import checkpoint, checkpoint_files
 from jointspar.errors import CheckpointError
 
 
@@ -254,6 +254,52 @@ def test_two_optimizers_do_not_share_a_directory(tmp_path):
     js.checkpoint.load(tmp_path, model=first, optimizer=optimizer)
     assert_equal(before, everything(first, optimizer))
     js.checkpoint.save(tmp_path / "other", model=second, optimizer=other)
+
+
+def test_after_a_restart_a_run_goes_on_in_all_its_directories(tmp_path):
+    """As one for the last and one for the best epoch: the first to be loaded, the second to be saved in later."""
+    model, optimizer, scheduler = make()
+    for step, name in ((1, "best"), (2, "last")):
+        train(model, optimizer, scheduler, step)
+        js.checkpoint.save(tmp_path / name, model=model, optimizer=optimizer)
+    model, optimizer, scheduler = make(seed=1)
+    js.checkpoint.load(tmp_path / "last", model=model, optimizer=optimizer)
+    train(model, optimizer, scheduler, 1)
+    js.checkpoint.save(tmp_path / "best", model=model, optimizer=optimizer, keep=1)
+    other, other_optimizer, scheduler = make()
+    train(other, other_optimizer, scheduler, 9)
+    for name in ("best", "last"):
+        with pytest.raises(CheckpointError, match="another optimizer or run"):
+            js.checkpoint.save(tmp_path / name, model=other, optimizer=other_optimizer)
+
+
+def test_a_run_that_began_before_runs_had_names_goes_on(tmp_path, monkeypatch):
+    model, optimizer, scheduler = make()
+    monkeypatch.setattr(checkpoint, "_new_run", lambda comm: "")
+    write = checkpoint_files.write_manifest
+
+    def write_without(folder, world_size, step, settings):
+        settings.pop("run")
+        write(folder, world_size, step, settings)
+
+    monkeypatch.setattr(checkpoint_files, "write_manifest", write_without)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    monkeypatch.undo()
+    model, optimizer, scheduler = make(seed=1)
+    with pytest.raises(CheckpointError, match="another optimizer or run"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    for _ in range(2):
+        train(model, optimizer, scheduler, 1)
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_a_damaged_manifest_keeps_no_run_from_saving(tmp_path):
+    model, optimizer, scheduler = make()
+    folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    (folder / "manifest.json").write_text("{")
+    train(model, optimizer, scheduler, 1)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
 
 
 def test_a_first_save_that_was_interrupted_at_its_end_can_be_repeated(tmp_path, monkeypatch):
