@@ -233,7 +233,7 @@ def _bench(name: str, arguments: Sequence[str]) -> int:
     if not script.exists():
         raise UsageError(
             f"jointspar bench {name}: needs a checkout of the sources, whose bench/ folder is not part of an "
-            "installation: clone the repository and run it from there"
+            "installation: clone the repository, and install it there with `pip install -e '.[bench,mpi]'`"
         )
     _require_packages(f"bench {name}", *_BENCHMARKS[name].packages, extra="bench")
     search_path = [str(checkout / "python"), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from jointspar.training.launch import ending_signals_raise, launcher_rank, local
 
 
 def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
+    monkeypatch.setattr(launch, "_cores_of", lambda process: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "4")
     assert threads_per_rank() == 2
@@ -19,6 +20,30 @@ def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytes
     assert threads_per_rank() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_per_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "launchers", "expected"),
+    [(4, 8, 4), (1, 8, 1), (8, 8, 4), (8, 4, 4), (6, 8, 4)],
+    ids=["bound to its half", "to one core", "not bound", "by a bound launcher", "to more than its half"],
+)
+def test_a_rank_that_was_bound_has_its_cores_to_itself(own, launchers, expected, monkeypatch):
+    monkeypatch.setattr(launch, "_cores_of", {0: own, os.getppid(): launchers}.__getitem__)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "2")
+    assert threads_per_rank() == expected
+
+
+def test_a_launcher_that_has_gone_leaves_this_process_its_own_cores(monkeypatch):
+    def cores_of(process):
+        if process:
+            raise ProcessLookupError
+        return 8
+
+    monkeypatch.setattr(launch, "_cores_of", cores_of)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "2")
+    assert threads_per_rank() == 4
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def _check_openmp() -> Iterator[Finding]:
     runtimes = mapped_openmp_runtimes(maps.read_text())
     text = ", ".join(runtimes) or "none"
     if len(runtimes) > 1:
-        advice = "two thread pools fight for the cores: import torch first, and use torch >= 2.7 from one source"
+        advice = "two thread pools fight for the cores: import torch first, and use torch >= 2.7.1 from one source"
         yield Finding("note", "OpenMP", f"{len(runtimes)} runtimes in this process: {text}", advice)
     else:
         yield Finding("ok", "OpenMP", text)

@@ -65,12 +65,24 @@ def threads_per_rank() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
-    return max(1, usable_cores() // local_ranks())
+    return max(1, min(usable_cores(), _launchers_cores() // local_ranks()))
 
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _cores_of(0)
+
+
+def _launchers_cores() -> int:
+    """Cores of all ranks on this host: a launcher may bind each rank to some, but not itself."""
+    try:
+        return max(usable_cores(), _cores_of(os.getppid()))
+    except OSError:  # it has gone
+        return usable_cores()
+
+
+def _cores_of(process: int) -> int:
+    return len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_ranks() -> int:
