@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-00000042` in the directory that the user names, which all ranks must see:
 `shared.safetensors` (weights and momentum, written by rank 0), `rank-R.safetensors` (that rank's buffers, probabilities
-and torch's random state) and `manifest.json`. It gets its name only when every byte is on disk. Random state of NumPy
-or of `random`, where a user's data depend on it, has its place in `extra`.
+and torch's random state) and `manifest.json`. It gets its name only when every byte is on disk. What else differs by
+rank, such as random numbers of NumPy that a user's data depend on, is best derived from seed, rank and step.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def save(
     keep: int = 2,
 ) -> Path:
     """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
+
+    Of `extra` and the scheduler rank 0's are written, and every rank loads them.
 
     Args:
         directory: made where it is missing; a file system that all ranks see. One or more for each optimizer.

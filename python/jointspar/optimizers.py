@@ -62,10 +62,11 @@ class JointSparLARS(JointSparOptimizer):
             stay as they are until `step()`: after a second backward, `clip_grad_norm_`, a GradScaler's unscaling, or
             another meeting of the ranks, all of which were in backward, the step exchanges anew, which costs what
             overlap gains, with a warning. (Writes through `grad.data` are not noticed.) Of several optimizers on one
-            transport the one built last sends during backward, and is best stepped first. Host memory, and an exchange
-            by name. Gradients are sent in another order, so that with three ranks or more sums round differently.
+            transport the one built last sends during backward, and is best stepped first. Host memory, and no exchange
+            of your own. Gradients are sent in another order, so that with three ranks or more sums round differently.
 
-    Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones.
+    Raises: ValueError or TypeError for arguments out of range, DesyncError where ranks were given different ones,
+    JointSparError for overlap with an MPI that was started below MPI_THREAD_MULTIPLE.
     Source: Liu & Mozafari 2022, Algorithm 2 (JointSpar-LARS); You, Gitman & Ginsburg 2017.
     """
 

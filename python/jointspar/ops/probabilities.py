@@ -42,7 +42,7 @@ def sample_layers(
     """Draw the active layers of one rank; P(active[d]) = probabilities[d], to within 2^-41.
 
     Random numbers are Philox4x32-10 with counter (step, rank, layer, purpose) and key `seed`, so that a draw depends on
-    the arguments alone. "independent": each rank by itself. "stratified": one systematic draw, rotated over the
+    the arguments alone. "independent": each rank by itself. "stratified": one draw, rotated over the
     ranks, so that floor/ceil(world_size * p) ranks take each layer. "shared": one set for all ranks.
     "systematic" takes floor/ceil(sum p) layers, "bernoulli" each layer independently of the others.
 

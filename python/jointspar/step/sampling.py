@@ -20,10 +20,10 @@ class Sampling:
 
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
-        p_min: smallest probability; None: min(0.1, budget / num_layers / 2.5), but with distribution="norm" and one
-            draw for all ranks at least 1 / world_size ("stratified", where some rank then computes each layer in every
-            step) or 1 ("shared"), or the budget's share where that is less: then all layers have the same probability,
-            and there is nothing to learn (one rank, two at budget 0.5, "shared" always).
+        p_min: smallest probability; None: min(0.1, share / 2.5), where share is the budget's a layer, but with
+            distribution="norm" and one draw for all ranks at least 1 / world_size ("stratified", where some rank then
+            computes each layer in every step) or 1 ("shared"), or the share where that is less: then all layers have
+            the same probability, and there is nothing to learn (one rank, two at budget 0.5, "shared" always).
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jointspar.training.config import DATASETS, METHODS, MODELS
 
-DATA_DIR_HELP = "folder of the data files (default $JOINTSPAR_DATA/<dataset>)"
+DATA_DIR_HELP = "folder of the data files (default $JOINTSPAR_DATA/<dataset>, or data/<dataset>, or a system package's)"
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
