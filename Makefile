@@ -1,6 +1,6 @@
 # make demo | test | lint | format | bench | clean        Needs python3 with venv, g++ and make; the rest comes as wheels.
 PYTHON ?= python3
-VENV   ?= .venv
+VENV = .venv
 DEMO_OUT ?= runs/demo
 BUILD := build/extension
 MPICH_VENV ?= .venv-mpich
@@ -17,6 +17,8 @@ ASAN_RUNTIMES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file
 SANITIZE_TESTS := $(addprefix tests/unit/test_, pack_gradients.py unpack_gradients.py squared_norms.py lars_update.py \
     sgd_update.py sample_layers.py project_probabilities.py update_probabilities.py malformed_calls.py) tests/fuzz
 
+# CMake and pytest share the work out by themselves; two pips in one environment would spoil it.
+.NOTPARALLEL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
@@ -80,7 +82,7 @@ test: test-cpp test-python
 # What the C++ tests are, and what Python tests load of them.
 build-tests: $(VENV)/.stamp-project
 	@echo "== C++ tests: compiled"
-	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=$(WERROR) \
+	@cmake -S . -B $(BUILD) -G Ninja -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=$(WERROR) \
 	    -DPython_EXECUTABLE="$(VENV_PYTHON)" > /dev/null
 	@cmake --build $(BUILD) --target cpp_tests -- --quiet
 
@@ -119,7 +121,7 @@ test-sanitize: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE="$(VENV_PYTHON)" \
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/$(SANITIZE_BUILD)/jointspar_ext" > /dev/null
 	@cmake --build $(SANITIZE_BUILD) -- --quiet
-	@cp jointspar_ext/__init__.py $(SANITIZE_BUILD)/jointspar_ext
+	@cp python/jointspar_ext/__init__.py $(SANITIZE_BUILD)/jointspar_ext
 	@$(SANITIZED) ctest --test-dir $(SANITIZE_BUILD) --output-on-failure --no-tests=error | tail -n +2
 	@$(SANITIZED) LD_PRELOAD="$(ASAN_RUNTIMES)" PYTHONPATH="$(CURDIR)/$(SANITIZE_BUILD)" JOINTSPAR_BACKEND=native \
 	    $(VENV)/bin/python -m pytest -o pythonpath="$(SANITIZE_BUILD) python tests tests/fuzz" -p no:cacheprovider -q \
@@ -151,9 +153,9 @@ bench-gpu:
 	@$(PYTHON) -m bench.gpu.run $(if $(WHEELS),--wheels '$(WHEELS)') $(GPU_ARGS)
 
 clean:
-	@rm -rf build dist python/*.egg-info jointspar_ext/_c*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf build dist python/*.egg-info python/jointspar_ext/_c*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f $(VENV)/.stamp-project
-	@find python jointspar_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean
-	@rm -rf $(VENV) $(MPICH_VENV)
+	@rm -rf "$(VENV)" "$(MPICH_VENV)"

@@ -20,9 +20,14 @@ class BuildWithCudaSources(build_py):
     """Adds what jointspar.backends.cupy_kernels compiles at run time; in a checkout it finds csrc itself."""
 
     def run(self) -> None:
-        super().run()
         if self.editable_mode:
+            if not self.distribution.ext_modules:  # JOINTSPAR_BUILD_NATIVE=0: those of an earlier build would serve
+                for module in Path(ROOT, "python", "jointspar_ext").glob("_c*.so"):
+                    module.unlink()
+            super().run()
             return
+        shutil.rmtree(Path(self.build_lib, "jointspar"), ignore_errors=True)  # modules that a checkout has no more
+        super().run()
         for path in sorted((ROOT / "csrc").rglob("*")):
             folder = path.relative_to(ROOT / "csrc").parts[0]
             if folder in ("common", "cuda", "include") and path.suffix in (".h", ".cuh"):
@@ -40,6 +45,13 @@ class CMakeBuild(build_ext):
     Elsewhere CMake forgets what it found before: pip removes the ninja of an isolated build with its environment.
     """
 
+    def copy_extensions_to_source(self) -> None:
+        """Editable: what this build has not made would be of an earlier one, of other sources."""
+        super().copy_extensions_to_source()
+        for extension in self.extensions:
+            if not Path(self.build_lib, self.get_ext_filename(extension.name)).exists():
+                Path(ROOT, "python", self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         if ext is not self.extensions[0]:
             return  # built with the first, where a CUDA compiler was found
@@ -55,7 +67,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DJOINTSPAR_VERSION={self.distribution.get_version()}",
             f"-DJOINTSPAR_CUDA_EXT={os.environ.get('JOINTSPAR_CUDA_EXT', 'auto')}",
             f"-DJOINTSPAR_WERROR={os.environ.get('JOINTSPAR_WERROR', '0')}",
         ]  # fmt: skip
@@ -64,10 +75,14 @@ class CMakeBuild(build_ext):
         configure.append(f"-D{name}={architectures}" if architectures else f"-U{name}")
         if not os.environ.get("JOINTSPAR_BUILD_DIR"):
             (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+            for compilers in build_dir.glob("CMakeFiles/[0-9]*"):
+                shutil.rmtree(compilers)
         if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ:
             configure += ["-G", "Ninja"]
         run(configure)
         run(["cmake", "--build", str(build_dir), "--target", "extensions", "--parallel", jobs])
+        if not target.exists():
+            raise CompileError(f"CMake has built no {target}: is CMAKE_GENERATOR one of several configurations?")
 
 
 def run(command: list[str]) -> None:

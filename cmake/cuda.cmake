@@ -10,11 +10,16 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  if(JOINTSPAR_CUDA_EXT STREQUAL "1")
-    message(FATAL_ERROR "JOINTSPAR_CUDA_EXT=1: no CUDA compiler found. Put nvcc (CUDA 12 or later) on the PATH, name it "
-      "in CUDACXX, or build without CUDA kernels (JOINTSPAR_CUDA_EXT=0 or auto).")
+  find_program(JOINTSPAR_NVCC nvcc PATHS /usr/local/cuda/bin)
+  if(JOINTSPAR_NVCC)
+    set(problem "${JOINTSPAR_NVCC} cannot compile with this host compiler (CUDAHOSTCXX names another; log in CMakeFiles)")
+  else()
+    set(problem "no CUDA compiler found: put nvcc (CUDA 12 or later) on the PATH, or name it in CUDACXX")
   endif()
-  message(STATUS "No CUDA compiler: built without CUDA kernels")
+  if(JOINTSPAR_CUDA_EXT STREQUAL "1")
+    message(FATAL_ERROR "JOINTSPAR_CUDA_EXT=1: ${problem}. JOINTSPAR_CUDA_EXT=0 or auto builds without CUDA kernels.")
+  endif()
+  message(STATUS "Built without CUDA kernels: ${problem}")
   return()
 endif()
 
@@ -58,10 +63,10 @@ set_target_properties(jointspar_cuda PROPERTIES
   CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/cmake/keep_log.sh)
 target_include_directories(jointspar_cuda PUBLIC csrc csrc/include)
 # No contraction of a * b + c, as on the CPU: elements get the same bits on both. A spill or a warning is an error
-# for who develops the kernels or asked for them; a build that finds another nvcc by chance goes on.
+# for who develops the kernels; a build with another nvcc, or for other GPUs, goes on.
 target_compile_options(jointspar_cuda PRIVATE
   -fmad=false -Xptxas=-v,-warn-spills,-warn-lmem-usage -Xcompiler=-Wall,-Wextra,-Wshadow)
-if(JOINTSPAR_WERROR OR JOINTSPAR_CUDA_EXT STREQUAL "1")
+if(JOINTSPAR_WERROR)
   target_compile_options(jointspar_cuda PRIVATE -Werror=all-warnings)
 endif()
 target_link_libraries(jointspar_cuda PUBLIC CUDA::cudart_static)

@@ -78,7 +78,7 @@ def build(architectures: str) -> None:
     options = [
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'jointspar_ext'}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'jointspar_ext'}",
         f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
         f"-DJOINTSPAR_CUDA_ARCHITECTURES={architectures}",
         "-DJOINTSPAR_CUDA_EXT=1",

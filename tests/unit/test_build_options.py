@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+
+import jointspar
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +26,10 @@ def script(path: Path, text: str) -> Path:
 def build_ext(folder: Path, exit_status: int = 0, **variables: str) -> tuple[list[str], subprocess.CompletedProcess]:
     """The arguments that CMake gets to configure, and the result, where a stand-in ends with this status."""
     calls = folder / "calls"
-    script(folder / "cmake", f'printf "%s\\n" "$@" -- >> "{calls}"\nexit {exit_status}')
+    module = "_core" + sysconfig.get_config_var("EXT_SUFFIX")
+    made = f'-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=*) mkdir -p "${{word#*=}}"; : > "${{word#*=}}/{module}"'
+    loop = f'for word; do case "$word" in {made};; esac; done'
+    script(folder / "cmake", f'printf "%s\\n" "$@" -- >> "{calls}"\n{loop}\nexit {exit_status}')
     names = ("JOINTSPAR_BUILD_DIR", "JOINTSPAR_BUILD_NATIVE", "JOINTSPAR_CUDA_ARCHITECTURES", "JOINTSPAR_WERROR")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **variables}
@@ -81,14 +88,26 @@ def test_an_nvcc_before_12_is_left_alone_unless_cuda_was_asked_for(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wanted", ["auto", "1"])
-def test_spills_are_errors_where_cuda_was_asked_for(tmp_path: Path, wanted: str) -> None:
+@pytest.mark.parametrize("wanted", ["ON", "OFF"])
+def test_spills_are_errors_for_developers(tmp_path: Path, wanted: str) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    result = configure(tmp_path, f"-DJOINTSPAR_CUDA_EXT={wanted}")
+    result = configure(tmp_path, "-DJOINTSPAR_CUDA_EXT=1", f"-DJOINTSPAR_WERROR={wanted}")
     assert result.returncode == 0, result.stderr
     rules = (tmp_path / "build.ninja").read_text()
-    assert "-warn-spills" in rules and ("-Werror=all-warnings" in rules) == (wanted == "1")
+    assert "-warn-spills" in rules and ("-Werror=all-warnings" in rules) == (wanted == "ON")
+
+
+def test_flags_that_drop_nan_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-O2 -ffast-math")
+    result = configure(tmp_path, "-DJOINTSPAR_CUDA_EXT=0")
+    assert result.returncode != 0 and "CXXFLAGS has -ffast-math" in result.stderr
+
+
+def test_the_version_has_one_value() -> None:
+    project = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert project is not None and project[1] == jointspar.__version__
+    assert pytest.importorskip("jointspar_ext._core").build_info["version"] == jointspar.__version__
 
 
 def test_a_wheel_holds_no_sources_but_those_that_are_compiled_at_run_time(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_malformed_calls_are_refused_before_anything_is_launched(cupy: FakeCupy)
 def test_it_has_the_functions_and_argument_names_of_the_stub(cupy: FakeCupy) -> None:
     from jointspar.backends import cupy_jit
 
-    stub = ast.parse((ROOT / "jointspar_ext" / "_cuda.pyi").read_text())
+    stub = ast.parse((ROOT / "python" / "jointspar_ext" / "_cuda.pyi").read_text())
     functions = {node.name: node.args for node in stub.body if isinstance(node, ast.FunctionDef)}
     assert sorted(functions) == cupy_jit.__all__
     for name, arguments in functions.items():
