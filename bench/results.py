@@ -156,7 +156,8 @@ def _versions() -> dict[str, Any]:
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    versions["native"] = dict(importlib.import_module("jointspar_ext._core").build_info)
+    with suppress(ModuleNotFoundError):  # JOINTSPAR_BUILD_NATIVE=0
+        versions["native"] = dict(importlib.import_module("jointspar_ext._core").build_info)
     found = compiler()
     if found:
         output = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout

@@ -20,13 +20,6 @@ def output_of(*command: str) -> str:
         return "unknown"
 
 
-def commit() -> str:
-    """The checked-out commit, with a + where files differ from it."""
-    name = output_of("git", "rev-parse", "--short=12", "HEAD")
-    is_changed = name != "unknown" and output_of("git", "status", "--porcelain", "--untracked-files=no") != "unknown"
-    return name + "+" * is_changed
-
-
 def package_version(*names: str) -> str:
     """Of the first of these packages that is installed."""
     for name in names:
@@ -41,6 +34,8 @@ def describe() -> dict[str, str]:
     """For the head of a report. Needs a GPU."""
     import torch
 
+    from jointspar.training.circumstances import commit
+
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": properties.name,
@@ -52,6 +47,6 @@ def describe() -> dict[str, str]:
         "triton": package_version("triton"),
         "CuPy": package_version("cupy-cuda13x", "cupy-cuda12x", "cupy"),
         "Python": platform.python_version(),
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]),
     }

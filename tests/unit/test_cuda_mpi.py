@@ -88,4 +88,4 @@ def test_the_trial_runs_apart_from_the_launcher(monkeypatch):
 def test_the_mpi_at_hand_is_asked_for_real():
     find_launcher("mpirun")
     verdict = cuda_mpi.probe()  # the wheels are built without CUDA
-    assert "MPI does not start" not in verdict.reason
+    assert verdict.is_usable or verdict.reason.endswith(("says it was built without CUDA", "has no way to ask"))

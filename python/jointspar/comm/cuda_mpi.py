@@ -12,12 +12,12 @@ import os
 import re
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 ENVIRONMENT_VARIABLE = "JOINTSPAR_USE_CUDA_MPI"
-_CHILD_SECONDS = 60
+CHILD_SECONDS = 60
 # What a launcher tells its ranks. Settings of the user's (OMPI_MCA_..., PMIX_MCA_...) are not among them.
 _LAUNCHER_VARIABLE = re.compile(
     r"(OMPI|PMIX|PRTE)_(?!MCA_|ALLOW_)|OMPI_MCA_(orte_|ess|pmix|ras|plm|initial_wdir)|PMI_|HYDRA_|HYDI_|MPI_LOCAL"
@@ -86,20 +86,30 @@ def probe() -> Verdict:
 
     Alone it has nobody to sum with: whether the ranks get right sums, they try when they choose their exchange.
     """
-    environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLE.match(name)}
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=_CHILD_SECONDS,
-            check=False,
-        )  # fmt: skip
+        child = run_alone(_PROBE)
     except subprocess.TimeoutExpired:
-        return Verdict(False, f"the trial did not end within {_CHILD_SECONDS} s")
+        return Verdict(False, f"the trial did not end within {CHILD_SECONDS} s")
     return _judge(child.returncode, child.stdout, child.stderr)
 
 
-def _judge(returncode: int, stdout: str, stderr: str) -> Verdict:
+def run_alone(code: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, which no launcher started. Raises TimeoutExpired."""
+    environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLE.match(name)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS,
+        check=False,
+    )  # fmt: skip
+
+
+def last_json(stdout: str) -> dict[str, Any]:
+    """The last JSON object that a process printed in a line; MPI libraries print lines of their own."""
     lines = [line for line in stdout.splitlines() if line.startswith("{")]
-    found = json.loads(lines[-1]) if lines else {}
+    return json.loads(lines[-1]) if lines else {}
+
+
+def _judge(returncode: int, stdout: str, stderr: str) -> Verdict:
+    found = last_json(stdout)
     if found.get("is_right"):
         return Verdict(True, "it says so, and a trial gave the right sum")
     if "is_right" in found:

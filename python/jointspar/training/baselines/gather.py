@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jointspar.comm.transport import Transport
+from jointspar.comm.transport import Transport, failing
 
 
 def all_gather(transport: Transport, own: torch.Tensor, *, what: str) -> torch.Tensor:
@@ -17,13 +17,10 @@ def all_gather(transport: Transport, own: torch.Tensor, *, what: str) -> torch.T
     following, preceding = (rank + 1) % world_size, (rank - 1) % world_size
     rows = own.new_empty(world_size, own.numel())
     rows[rank] = own
-    try:
+    with failing(transport, what):
         for hop in range(world_size - 1):
             receive = transport.start_receive(rows[(preceding - hop) % world_size], preceding, what=what)
             send = transport.start_send(rows[(rank - hop) % world_size], following, what=what)
             receive.wait()
             send.wait()
-    except BaseException as error:  # an interrupt between two waits also leaves messages under way
-        transport.fail(f"{what} was left by {type(error).__name__}")
-        raise
     return rows

@@ -26,7 +26,7 @@ from jointspar.training.data.datasets import (
 )
 from jointspar.training.data.pictures import Source, open_picture
 from jointspar.training.data.properties import PROPERTIES, DatasetProperties, Form
-from jointspar.training.data.readers import DatasetError
+from jointspar.training.data.readers import DatasetError, MissingError
 from jointspar.training.data.shards import SPLIT_PATTERNS, count_samples, find_shards, read_shard, read_sizes
 from jointspar.training.launch import usable_cores
 
@@ -69,7 +69,7 @@ def examine(properties: DatasetProperties, folder: Path, *, is_full: bool) -> It
         form, folder = find_form(properties, folder)
         yield from _EXAMINERS[form.kind](folder, properties, form, is_full)
     except DatasetError as error:
-        yield Finding("missing" if str(error).endswith("is missing") else "damaged", str(error))
+        yield Finding("missing" if isinstance(error, MissingError) else "damaged", str(error))
     except OSError as error:
         yield Finding("damaged", f"{error.filename or folder} cannot be read: {error.strerror}")
 

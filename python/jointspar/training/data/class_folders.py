@@ -14,7 +14,7 @@ from jointspar.comm.hashing import stable_hash
 from jointspar.training.data.augment import normalise
 from jointspar.training.data.pictures import MAX_PICTURE_BYTES, SUFFIXES, decode_batch
 from jointspar.training.data.properties import DatasetProperties
-from jointspar.training.data.readers import DatasetError, read_bytes
+from jointspar.training.data.readers import DatasetError, MissingError, read_bytes
 
 SPLIT_FOLDERS = {"train": "train", "test": "val"}
 
@@ -64,7 +64,7 @@ def load_class_folders(folder: Path, properties: DatasetProperties) -> tuple[Pic
 def class_names(folder: Path) -> list[str]:
     """The folders in a split's folder, sorted. Raises DatasetError where there is none."""
     if not folder.is_dir():
-        raise DatasetError(f"{folder} is missing")
+        raise MissingError(f"{folder} is missing")
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DatasetError(f"{folder} has no class folders: the pictures have to be sorted into {folder}/<wnid>")

@@ -29,6 +29,10 @@ class DatasetError(ValueError):
     """A data file is missing or damaged; the message names it and says what to do."""
 
 
+class MissingError(DatasetError):
+    """Files are not there, or a package that reads them."""
+
+
 class Part(NamedTuple):
     """What one file holds: images uint8 [num_items, channels, size, size], labels uint8 [num_items], or both."""
 
@@ -150,7 +154,7 @@ def read_json(path: Path) -> object:
 def read_bytes(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
     """All of a file, decompressed when its name ends in .gz. Raises DatasetError, also for more than max_bytes."""
     if not path.is_file():
-        raise DatasetError(f"{path} is missing")
+        raise MissingError(f"{path} is missing")
     try:
         check_sum(path)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
