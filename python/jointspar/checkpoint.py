@@ -206,7 +206,8 @@ def _rank_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tup
     for part in ("lesson", "exchange", "update"):
         for name, tensor in own[part].items():
             yield f"{part}.{name}", tensor
-    yield "trainable", own["trainable"]
+    for name in ("trainable", "trainable_before"):
+        yield name, own[name]
     yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], dtype=torch.int64)
     yield "random_state", torch.get_rng_state()
     if (device := _device_of(model)) is not None:
@@ -227,6 +228,7 @@ def _unflatten(own: dict[str, torch.Tensor]) -> dict[str, Any]:
         "step": step,
         "skipped_in_a_row": skipped,
         "trainable": own["trainable"],
+        "trainable_before": own.get("trainable_before", own["trainable"]),  # earlier versions kept none
         "distribution": distribution,
         "lesson": _take(own, "lesson."),
         "exchange": _take(own, "exchange."),

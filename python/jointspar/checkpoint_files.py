@@ -129,7 +129,8 @@ def publish(partial: Path, final: Path, keep: int) -> None:
     os.replace(partial, final)
     sync_folder(final.parent)
     shutil.rmtree(former, ignore_errors=True)
-    for old in checkpoints_in(final.parent)[keep:]:
+    older = [folder for folder in checkpoints_in(final.parent) if folder.name < final.name]
+    for old in older[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -147,8 +148,10 @@ def refuse_others(directory: Path, final: Path, run: str | None) -> None:
     for folder in checkpoints_in(directory):
         try:
             found = _read_manifest(folder).get("run", "")
-        except (CheckpointError, OSError, *MALFORMED):
+        except (CheckpointError, *_ABSENT, *MALFORMED):
             continue
+        except OSError as error:
+            raise Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
         if folder.name > final.name:
             raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
         if run is None or found != run:

@@ -18,12 +18,13 @@ def to_json(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (torch.Tensor, np.generic)):
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return value.item()
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
-        if type(value) is dict and all(isinstance(key, str) for key in value):
+        is_plain = type(value) is dict and all(isinstance(key, str) for key in value)
+        if is_plain and value.keys().isdisjoint((_PAIRS, _COUNTER)):
             return {key: to_json(item) for key, item in value.items()}
         kind = _COUNTER if isinstance(value, Counter) else _PAIRS
         return {kind: [[to_json(key), to_json(item)] for key, item in value.items()]}

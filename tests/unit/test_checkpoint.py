@@ -294,6 +294,33 @@ def test_a_run_that_began_before_runs_had_names_goes_on(tmp_path, monkeypatch):
         js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
 
 
+def test_a_manifest_that_cannot_be_read_now_is_not_taken_for_none(tmp_path, monkeypatch):
+    """Another run's, perhaps, whose file system is busy: it would be deleted."""
+    model, optimizer, _ = make()
+    folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+
+    def fail(path, *_):
+        raise PermissionError(f"{path}: not now")
+
+    monkeypatch.setattr(checkpoint_files, "check_plain", fail)
+    other, other_optimizer, _ = make()
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        js.checkpoint.save(tmp_path, model=other, optimizer=other_optimizer)
+    assert folder.exists()
+
+
+def test_what_is_saved_stays_whatever_lies_beside_it(tmp_path):
+    """Folders of later steps without a sound manifest are no reason to delete what was just saved."""
+    model, optimizer, scheduler = make()
+    (tmp_path / "step-00000009").mkdir(parents=True)
+    (tmp_path / "step-00000008").mkdir()
+    for _ in range(3):
+        train(model, optimizer, scheduler, 1)
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, keep=1)
+        assert folder.exists()
+    assert len(list(tmp_path.glob("step-0000000[123]"))) == 1
+
+
 def test_a_damaged_manifest_keeps_no_run_from_saving(tmp_path):
     model, optimizer, scheduler = make()
     folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
