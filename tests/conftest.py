@@ -29,18 +29,25 @@ hypothesis.settings.load_profile("jointspar")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """No tests of what does not exist: NumPy and CuPy have no bfloat16."""
+    """No tests of what does not exist: NumPy and CuPy have no bfloat16. Jobs of several ranks come first."""
 
     def exists(item: pytest.Item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         return params.get("library") not in (NumpyArrays, "cupy") or "bfloat16" not in params.values()
 
-    items[:] = filter(exists, items)
+    def place(item: pytest.Item) -> int:
+        is_job = item.get_closest_marker("mpi") is not None
+        return (0 if "/mpi/" in item.nodeid else 1) if is_job else 2
+
+    items[:] = sorted(filter(exists, items), key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One folder's tests that start jobs of several ranks go to one worker, since such a job fills the machine."""
+    """One folder's tests that start jobs of several ranks go to one worker, since such a job fills the machine.
+
+    So do the cases of a test, and files whose fixtures take long.
+    """
     if config.getoption("dist") != "load":  # what -n stands for
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -48,9 +55,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class JobsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, test = nodeid.partition("::")
-            names = _tests_with_jobs(config.rootpath / path)
-            return path.rpartition("/")[0] if names is None or test.partition("[")[0] in names else nodeid
+            function, names = test.partition("[")[0], _tests_with_jobs(config.rootpath / path)
+            if names is None or function in names:
+                return path.rpartition("/")[0]
+            return path if path.endswith(("app/test_loop.py", "unit/test_cupy_jit.py")) else f"{path}::{function}"
 
+    config.option.loadscopereorder = False  # the order of `pytest_collection_modifyitems` holds
     return JobsTogether(config, log)
 
 

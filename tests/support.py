@@ -90,6 +90,11 @@ def bits(array: Any) -> bytes:
     return np.asarray(array.get() if hasattr(array, "get") else array).tobytes()  # get: CuPy's copy to the host
 
 
+def exact_squared_norm(values: np.ndarray) -> float:
+    """Summed in long doubles: exact enough for any tolerance here, and fast."""
+    return float(np.square(values.ravel(), dtype=np.longdouble).sum())
+
+
 def relative_error(actual: Any, expected: Any) -> float:
     """Largest difference, relative to the largest expected magnitude; 0 for empty arrays."""
     actual, expected = np.atleast_1d(np.asarray(actual)), np.atleast_1d(np.asarray(expected))

@@ -15,6 +15,18 @@ from jointspar import cli
 from jointspar.training.reproduce import figures, results
 
 
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by tests that look at the files of figures."""
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere they take most of the time."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(figures, "draw", lambda experiment: [])
+
+
 def test_results_hold_what_the_runs_left(fake_training: Path) -> None:
     out = fake_training / "out"
     assert reproduce(write_list(fake_training), out) == 0
@@ -120,7 +132,7 @@ def test_steps_that_were_skipped_are_told(fake_training: Path) -> None:
     assert [row.cells[place] for row in results.table(found)] == ["0", "1.5 (0 to 3)"]
 
 
-def test_figures_of_what_is_no_longer_reported_are_removed(fake_training: Path) -> None:
+def test_figures_of_what_is_no_longer_reported_are_removed(fake_training: Path, drawn: None) -> None:
     path, out = write_list(fake_training), fake_training / "out"
     assert reproduce(path, out) == 0
     path.write_text(path.read_text().replace('name = "one"', 'name = "two"'))
@@ -169,7 +181,7 @@ def test_probabilities_name_the_layers(experiment: dict[str, Any]) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["conv", "head"]
 
 
-def test_the_report_needs_no_other_file(fake_training: Path) -> None:
+def test_the_report_needs_no_other_file(fake_training: Path, drawn: None) -> None:
     out = fake_training / "out"
     assert reproduce(write_list(fake_training), out) == 0
     page = (out / "report.html").read_text()

@@ -40,6 +40,13 @@ def assert_same_checkpoints(one: Path, other: Path, num_ranks: int, *, without: 
         assert {name for name in expected if not torch.equal(expected[name], found[name])} <= set(without)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these trainings; the first of them draws its own."""
+    if request.node.originalname != "test_four_workers_train_and_resume_bit_for_bit":
+        monkeypatch.setattr("jointspar.training.plots.plot_run", lambda *_: None)
+
+
 def test_four_workers_train_and_resume_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {**SHORT, "simulate_workers": 4, "strategy": "independent"}
     whole = train(TrainConfig(out=tmp_path / "whole", **config))

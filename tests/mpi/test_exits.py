@@ -82,6 +82,20 @@ def test_a_transport_that_was_left_half_made_goes_with_its_process_group(run_ran
     assert "Traceback" not in run_ranks(2, give_up_and_destroy_the_process_group).output
 
 
+def sum_after_a_shutdown():
+    transport = launched(on_failure="raise")
+    transport.allreduce(torch.ones(2), what="step 1")
+    shut_down = dist.destroy_process_group if is_torchrun() else sys.modules["mpi4py.MPI"].Finalize
+    shut_down()
+    with pytest.raises(JointSparError, match=r"step 2: .* was shut down"):
+        transport.allreduce(torch.ones(2), what="step 2")
+    print("refused\n", end="", flush=True)
+
+
+def test_a_sum_after_the_librarys_end_is_refused(run_ranks):
+    assert run_ranks(2, sum_after_a_shutdown, expect_code=0).output.count("refused") == 2
+
+
 def interrupt_as_soon_as_a_sum_is_started():
     transport = js.comm.mpi(on_failure="raise")
     private, buffer = transport._payload, torch.ones(4)

@@ -242,6 +242,7 @@ def test_an_mpi_error_is_raised_and_poisons_the_transport(run_ranks):
 
 def get_a_longer_message_without_catching():
     transport = launched(timeout=5)
+    print("READY\n", end="", flush=True)
     if transport.rank == 0:
         transport.start_send(torch.ones(100), 1, what="send").wait()
     else:
@@ -250,7 +251,8 @@ def get_a_longer_message_without_catching():
 
 
 def test_a_longer_message_than_expected_ends_the_job(run_ranks):
-    run_ranks(2, get_a_longer_message_without_catching, expect_code=None, timeout=30)
+    job = run_ranks(2, get_a_longer_message_without_catching, expect_code=None, timeout=30)
+    assert job.output.count("READY") == 2
 
 
 def raise_on_one_rank():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import warm_python
 from jointspar import comm
 from jointspar.comm import local, world
 from jointspar.errors import JointSparError
@@ -188,7 +189,7 @@ def run_alone(patch, script):
         patch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     patch.setenv("MASTER_ADDR", "127.0.0.1")
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    command = [sys.executable, "-c", script]
+    command = warm_python.command("-c", script)
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -59,8 +59,9 @@ def is_seen_at_work(operation):
 @pytest.mark.usefixtures("no_forced_switches")
 @pytest.mark.parametrize("name", NAMES)
 def test_another_thread_runs_while_an_operation_does(name):
+    operation = operations()[name]
     with ops.use_backend("native"):
-        assert is_seen_at_work(operations()[name])
+        assert any(is_seen_at_work(operation) for _ in range(10))  # this thread may wake late on a busy machine
 
 
 @pytest.mark.usefixtures("no_forced_switches")

@@ -18,6 +18,7 @@ from support import (
     Arrays,
     at_odd_offset,
     bits,
+    exact_squared_norm,
     momentum_dtype,
     relative_error,
     same_bits_on_1_and_2_threads,
@@ -69,7 +70,7 @@ def copies(arrays: Arrays, *groups: list) -> list[list[np.ndarray]]:
 
 
 def norms_of(values: list[np.ndarray]) -> list[float]:
-    return [math.sqrt(math.fsum(value.ravel() ** 2)) for value in values]
+    return [math.sqrt(exact_squared_norm(value)) for value in values]
 
 
 def all_adapted() -> list[bool]:
@@ -97,6 +98,16 @@ def test_every_size_matches_float64(
     )
 
 
+@pytest.mark.parametrize(("dtype", "smallest"), [("float32", 1e-45), ("float64", 5e-324)])
+def test_a_rate_that_overflows_is_the_largest_there_is(library: Arrays, dtype: str, smallest: float) -> None:
+    """||w|| / ||g|| is infinite in the accumulator, and times a zero gradient it would be NaN."""
+    w, u, grad = (library.array(values, dtype) for values in ([1.0, 0.0], [0.0, 0.0], [smallest, 0.0]))
+    settings = dict(lr=1.0, momentum=0.0, weight_decay=0.0, trust_coefficient=1.0, eps=0.0)
+    ops.lars_update([w], [u], [grad], **settings, adapt=[True])
+    step = float(np.finfo(dtype).max) * float(library.float64(grad)[0])  # which is tiny
+    np.testing.assert_allclose(library.float64(w), [1.0 - step, 0.0], rtol=2e-7 if dtype == "float32" else 1e-15)
+
+
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_and_parameter_dtypes_mix(
@@ -105,9 +116,11 @@ def test_gradient_and_parameter_dtypes_mix(
     params, momenta, grads = random_state(library, rng, dtype, grad_dtype=grad_dtype)
     plain = copies(library, params, momenta, grads)
     ops.lars_update(params, momenta, grads, **LARS, adapt=all_adapted())
-    for param, *state in zip(params, *plain, strict=True):
+    for param, velocity, *state in zip(params, momenta, *plain, strict=True):
         tolerance = max(TOLERANCE[dtype], 0.0 if grad_dtype == "float64" else 1e-6 if dtype != "float64" else 1e-7)
-        assert relative_error(library.float64(param), lars_in_float64(*state, **LARS)[0]) <= tolerance
+        expected = lars_in_float64(*state, **LARS)
+        assert relative_error(library.float64(param), expected[0]) <= tolerance
+        assert relative_error(library.float64(velocity), expected[1]) <= max(TOLERANCE[momentum_dtype(dtype)], 1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

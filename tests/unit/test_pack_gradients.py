@@ -17,6 +17,7 @@ from support import (
     Arrays,
     at_odd_offset,
     bits,
+    exact_squared_norm,
     relative_error,
     same_bits_on_1_and_2_threads,
 )
@@ -42,7 +43,7 @@ def test_every_size_matches_float64(library: Arrays, rng: np.random.Generator, d
     exact = dtype == wire == "float64"
     assert relative_error(library.float64(packed), expected) <= max(TOLERANCE[wire], 0.0 if exact else 1e-6)
     np.testing.assert_allclose(
-        library.float64(norms), [math.fsum(grad**2) for grad in plain], rtol=NORM_TOLERANCE[dtype]
+        library.float64(norms), [exact_squared_norm(grad) for grad in plain], rtol=NORM_TOLERANCE[dtype]
     )
 
 
@@ -175,7 +176,7 @@ def test_gradients_of_different_dtypes_share_a_buffer(library: Arrays, rng: np.r
     expected = [library.float64(grad) * scale for grad, scale in zip(grads, (1.0, 2.0, 3.0), strict=True)]
     assert relative_error(library.float64(packed), np.concatenate(expected)) <= 1e-6
     np.testing.assert_allclose(
-        library.float64(norms), [math.fsum(library.float64(grad) ** 2) for grad in grads], rtol=1e-6
+        library.float64(norms), [exact_squared_norm(library.float64(grad)) for grad in grads], rtol=1e-6
     )
 
 

@@ -234,7 +234,7 @@ def test_marginals_are_p_and_mean_grad_is_unbiased(
     rng: np.random.Generator, strategy: str, draw: str, world_size: int, p_min_times_world: float
 ) -> None:
     """Within 4 standard errors, with the scales that the optimizers use. Fixed seeds: no chance involved."""
-    num_steps = 100_000
+    num_steps = 100_000 // (1 if strategy == "shared" else world_size)  # as many draws
     p = probabilities_with(min(1.0, p_min_times_world / world_size))
     active = draw_many(p, num_steps, world_size, strategy, draw)
     standard_error = np.sqrt(p * (1 - p) / num_steps)

@@ -19,6 +19,7 @@ from support import (
     Arrays,
     at_odd_offset,
     bits,
+    exact_squared_norm,
     momentum_dtype,
     relative_error,
     same_bits_on_1_and_2_threads,
@@ -60,8 +61,22 @@ def test_every_size_matches_float64(
     expected = [sgd_in_float64(*state, **SGD, nesterov=nesterov) for state in zip(*plain, strict=True)]
     assert_updated(library, params, [w for w, _ in expected], TOLERANCE[dtype])
     assert_updated(library, momenta, [u for _, u in expected], TOLERANCE[momentum_dtype(dtype)])
-    true_norms = [math.sqrt(math.fsum(grad**2)) for grad in plain[2]]
+    true_norms = [math.sqrt(exact_squared_norm(grad)) for grad in plain[2]]
     np.testing.assert_allclose(library.float64(norms), true_norms, rtol=NORM_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_and_parameter_dtypes_mix(
+    library: Arrays, rng: np.random.Generator, dtype: str, grad_dtype: str
+) -> None:
+    params, momenta, _ = random_state(library, rng, dtype)
+    grads = [library.array(rng.standard_normal(n), grad_dtype) for n in SIZES]
+    plain = [[library.float64(array) for array in group] for group in (params, momenta, grads)]
+    ops.sgd_update(params, momenta, grads, **SGD)
+    expected = [sgd_in_float64(*state, **SGD, nesterov=False) for state in zip(*plain, strict=True)]
+    assert_updated(library, params, [w for w, _ in expected], TOLERANCE[dtype])
+    assert_updated(library, momenta, [u for _, u in expected], TOLERANCE[momentum_dtype(dtype)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

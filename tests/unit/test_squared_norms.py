@@ -9,13 +9,22 @@ import pytest
 import torch
 
 from jointspar import ops
-from support import DTYPES, NORM_TOLERANCE, SIZES, Arrays, at_odd_offset, bits, same_bits_on_1_and_2_threads
+from support import (
+    DTYPES,
+    NORM_TOLERANCE,
+    SIZES,
+    Arrays,
+    at_odd_offset,
+    bits,
+    exact_squared_norm,
+    same_bits_on_1_and_2_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
 def expected_norms(arrays: Arrays, grads: list) -> list[float]:
-    return [math.fsum(arrays.float64(grad).ravel() ** 2) for grad in grads]
+    return [exact_squared_norm(arrays.float64(grad)) for grad in grads]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
