@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 from jointspar import comm as comm_module
-from jointspar.arguments import check_kind
+from jointspar.arguments import check_kind, whole_number
 from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import refuse_capture
 from jointspar.errors import JointSparError
 from jointspar.gradient_exchange import Exchanged
+from jointspar.hyperparameters import HyperParameters
 from jointspar.optimizer_state import SavedOptimizer
 from jointspar.pipeline import Pipeline
 from jointspar.replicas import broadcast_parameters
 from jointspar.step.exchange import Costs, CustomExchange
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
-from jointspar.step.update import HyperParameters
 from jointspar.survivors import go_on_without
 from jointspar.telemetry import Stats, weight_grad_flops
 
@@ -51,8 +51,7 @@ class JointSparOptimizer(SavedOptimizer):
         check_every: int,
         overlap: bool,
     ) -> None:
-        if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
-            raise ValueError(f"check_every: {check_every!r} is not a number of steps, or 0 for never")
+        check_every = whole_number("check_every", check_every, 0, 2**62)
         if not isinstance(inactive, str) or inactive not in INACTIVE:
             raise ValueError(f"inactive: {inactive!r} is not one of {', '.join(INACTIVE)}")
         sampling = sampling if sampling is not None else Sampling()

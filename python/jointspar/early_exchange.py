@@ -66,7 +66,8 @@ class EarlyExchange:
         self._sum: GradientSum | None = None
         self._jobs: list[Job] = []  # the agreement, then a bucket each
         self._num_started = 0
-        self._missing: list[set[int]] = []  # by bucket, positions of parameters whose gradients are still to come
+        self._bucket_of: dict[int, int] = {}  # by position of a parameter whose gradient is still to come
+        self._num_missing: list[int] = []  # of those, by bucket
         self._noted: set[int] = set()
         self._packed: list[tuple[int, torch.Tensor | None, int]] = []  # position, gradient, its version
         self._work = _Work()
@@ -80,20 +81,23 @@ class EarlyExchange:
         finally:
             self._is_paused = before
 
-    @torch.no_grad()
     def note(self, position: int) -> None:
         """Backward has accumulated a parameter's gradient. At the first one it waits for the plans of all ranks."""
-        latest = _latest[self._transport]()
-        if self._is_paused or self._phase == _Phase.OVER or latest is not self:
+        if self._is_paused or self._phase == _Phase.OVER or _latest[self._transport]() is not self:
             return
-        if self._phase == _Phase.ARMED:
-            self._open()
+        is_first = self._phase == _Phase.ARMED
+        if is_first:
+            with torch.no_grad():
+                self._open()
         if position in self._noted:
             self.why_void = "a second backward before step(); accumulate inside `with optimizer.no_sync():`"
         self._noted.add(position)
-        for missing in self._missing:
-            missing.discard(position)
-        self._pack_while_full()
+        bucket = self._bucket_of.pop(position, None)
+        if bucket is not None:
+            self._num_missing[bucket] -= 1
+        if is_first or (bucket is not None and self._num_missing[bucket] == 0):
+            with torch.no_grad():
+                self._pack_while_full()
 
     def finish(self) -> GradientSum | None:
         """Pack and send what is left, zeros where no gradient came. Returns the sum, or None where it is void.
@@ -107,8 +111,7 @@ class EarlyExchange:
         total = self._sum
         if self._phase == _Phase.UNDER_WAY:
             self._transport.is_in_background = False
-            for missing in self._missing:
-                missing.clear()
+            self._num_missing = [0] * len(self._num_missing)
             self._pack_while_full()
             if total is not None and not self._is_known_void() and total.has_other_norms():  # while buckets travel
                 self.why_void = _CHANGED
@@ -130,7 +133,9 @@ class EarlyExchange:
 
         buckets = range(len(total.layout.buckets))
         self._jobs = [meet, *(partial(total.exchange, bucket) for bucket in buckets)]
-        self._missing = [total.positions_to_compute(bucket) for bucket in buckets]
+        to_compute = [total.positions_to_compute(bucket) for bucket in buckets]
+        self._bucket_of = {position: bucket for bucket, found in enumerate(to_compute) for position in found}
+        self._num_missing = [len(found) for found in to_compute]
         self._phase = _Phase.UNDER_WAY
         if self._thread is not None:
             self._transport.is_in_background = True
@@ -140,7 +145,7 @@ class EarlyExchange:
     def _pack_while_full(self) -> None:
         total = self._sum
         assert total is not None
-        while self._num_started < len(self._jobs) and not self._missing[self._num_started - 1]:
+        while self._num_started < len(self._jobs) and self._num_missing[self._num_started - 1] == 0:
             bucket = total.pack_next()
             for position in total.positions_to_compute(bucket):
                 grad = self._parameters[position].grad

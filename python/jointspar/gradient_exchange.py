@@ -73,9 +73,11 @@ class GradientExchange:
             self.early = EarlyExchange(comm, layers.parameters, self._begin_early, self._agree_early)
             backward.watch(weakref.WeakMethod(self._note))
 
-    def start(self, step: int, active: np.ndarray, drawn: np.ndarray) -> None:
-        """A new step: bool [num_layers], what this rank computes; float64 [num_layers], what that was drawn from."""
-        self._step, self._active, self._drawn = step, active, drawn
+    def start(self, step: int, active: np.ndarray, drawn: np.ndarray, probabilities: np.ndarray) -> None:
+        """A new step: bool [num_layers], what this rank computes; float64 [num_layers], what that was drawn from, and
+        the distribution, which is the same but while `dense_steps` last.
+        """
+        self._step, self._active, self._drawn, self._probabilities = step, active, drawn, probabilities
         if self.early is not None:
             self.early.arm()
 
@@ -97,7 +99,7 @@ class GradientExchange:
         early = self._sum_early(grad_scale)
         total = self._packed(grad_scale) if early is None else early
         world_size, local = self._comm.world_size, self._local_norms(total, grad_scale)
-        lesson = Lesson(self._active, self._drawn, total.counts, world_size, local)
+        lesson = Lesson(self._active, self._drawn, self._probabilities, total.counts, world_size, local)
         with stats.phase("go"):
             due = lesson_before if self._sampling.lag else lesson
             values = np.zeros(self._layers.num_layers) if due is None else due.local.wait()

@@ -19,6 +19,7 @@ class Lesson:
 
     active: np.ndarray  # bool [num_layers], this rank's
     drawn: np.ndarray  # float64 [num_layers], the probabilities that they were drawn from
+    probabilities: np.ndarray  # float64 [num_layers], the distribution then: the same, but while `dense_steps` last
     counts: np.ndarray  # int64 [num_layers], ranks that computed each layer
     world_size: int
     local: Reading  # float64 [num_layers], squared norms of this rank's unscaled gradients
@@ -51,19 +52,24 @@ class Lesson:
         if not np.isfinite(squared_norms[observed]).all():  # the exchange mended them
             return
         chance = observation_chance(strategy, self.drawn, len(gathered))
-        distribution.update(squared_norms, observed, drawn_probabilities=self.drawn, chance=chance)
+        distribution.update(squared_norms, observed, probabilities_then=self.probabilities, chance=chance)
 
     def is_of(self, num_layers: int) -> bool:
         """Whether its arrays are of so many layers, and hold what a step can have left."""
         local, mean = self.local.wait(), np.zeros(0) if self.mean is None else self.mean.wait()
-        if any(value.shape != (num_layers,) for value in (self.active, self.drawn, self.counts, local, mean)):
+        if any(value.shape != (num_layers,) for value in (*self._arrays(), local, mean)):
             return False
         was_drawn = self.active | (self.counts != 0)
-        is_drawable = ((self.drawn > 0.0) | ~was_drawn) & (self.drawn >= 0.0) & (self.drawn <= 1.0)
+        both = np.stack([self.drawn, self.probabilities])
+        is_drawable = ((both > 0.0) | ~was_drawn) & (both >= 0.0) & (both <= 1.0)
         return bool(is_drawable.all() and not ((local < 0.0) | (mean < 0.0)).any())
 
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.active, self.drawn, self.probabilities, self.counts
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        arrays = {"active": self.active, "drawn": self.drawn, "counts": self.counts, "local": self.local.wait()}
+        arrays = dict(zip(("active", "drawn", "probabilities", "counts"), self._arrays(), strict=True))
+        arrays["local"] = self.local.wait()
         arrays["world_size"] = np.array(self.world_size)
         arrays["mean"] = np.full(self.drawn.size, np.nan) if self.mean is None else self.mean.wait()
         arrays["used"] = np.full(1, np.nan) if self.used is None else self.used.wait()
@@ -76,6 +82,7 @@ class Lesson:
         return cls(
             active=np.asarray(state["active"]).astype(bool),
             drawn=np.asarray(state["drawn"]).astype(np.float64),
+            probabilities=np.asarray(state.get("probabilities", state["drawn"])).astype(np.float64),  # earlier ones
             counts=np.asarray(state["counts"]).astype(np.int64),
             world_size=int(state["world_size"]),
             local=Reading(np.asarray(state["local"]).astype(np.float64)),

@@ -10,8 +10,9 @@ import torch
 from jointspar.arguments import check_kind
 from jointspar.errors import JointSparError
 from jointspar.gradient_exchange import Exchanged
+from jointspar.hyperparameters import HyperParameters, check_hyperparameters
 from jointspar.pipeline import Pipeline
-from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, check_hyperparameters
+from jointspar.step.update import LarsUpdate, SgdUpdate
 
 
 class SavedOptimizer(torch.optim.Optimizer):

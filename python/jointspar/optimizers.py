@@ -37,7 +37,9 @@ class JointSparLARS(JointSparOptimizer):
     by turns, `zero_grad` with set_to_none=True, the default. Write weights under `torch.no_grad()`: what goes through
     `.data` is not noticed, and LARS's norm of these weights is old for a step. Build it after
     `load_state_dict(assign=True)`; to swap parameters (`torch.__future__.set_swap_module_params_on_conversion`) is not
-    possible while it lives.
+    possible while it lives. Write weights on all ranks or on none, also an average that is swapped in and out: LARS
+    measures the norms of what was written again, which on a GPU may round otherwise than on ranks that carry theirs.
+    All ranks are to have like processors and libraries: learnt probabilities come of logarithms.
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.
@@ -46,7 +48,8 @@ class JointSparLARS(JointSparOptimizer):
         lr, momentum, weight_decay, trust_coefficient, eps, nesterov: see `jointspar.ops.lars_update`; all but
             nesterov may differ by group. The host reads them: one in a CUDA tensor has every step wait for the device.
         adapt_vectors: also adapt and decay tensors of one dimension (biases, normalisation); per group.
-        inactive: a layer that no rank computed is left alone ("skip"), or momentum and weight decay go on ("decay").
+        inactive: a layer that no rank computed is left alone ("skip"), or momentum and weight decay go on ("decay"),
+            the latter at `lr` itself: with LARS that is more than in an active step by 1 / its local rate.
         sampling: see `Sampling`.
         comm: transport of the ranks; default `jointspar.comm.world()`.
         wire_dtype: dtype of the exchanged buffer; default float32 (float64 when a parameter is float64).
@@ -102,7 +105,11 @@ class JointSparLARS(JointSparOptimizer):
 
 
 class JointSparSGD(JointSparOptimizer):
-    """JointSpar with SGD, momentum and weight decay as `torch.optim.SGD`: the expected step is the dense step.
+    """JointSpar with SGD, momentum and weight decay as `torch.optim.SGD`.
+
+    The expected gradient is the dense mean gradient. The expected step is the dense step with inactive="decay", or
+    where some rank computes each layer in every step (strategy="stratified" and no probability below 1 / world_size, as
+    by default); otherwise momentum and weight decay act only in those steps in which a layer is computed.
 
     Arguments as `JointSparLARS`, without those of LARS itself (trust_coefficient, eps, adapt_vectors).
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jointspar import ops
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op
@@ -17,6 +18,7 @@ from jointspar.comm.transport import Transport
 from jointspar.device_arrays import Reading
 from jointspar.errors import JointSparError
 from jointspar.gradient_exchange import Exchanged, GradientExchange
+from jointspar.hyperparameters import HyperParameters
 from jointspar.learning import Lesson
 from jointspar.step.active_backward import ActiveBackward
 from jointspar.step.exchange import Chooser, CustomExchange
@@ -24,7 +26,7 @@ from jointspar.step.layers import Layers
 from jointspar.step.packing import Packer
 from jointspar.step.probabilities import LayerDistribution
 from jointspar.step.sampling import Sampling, draw_layers, probabilities_to_draw
-from jointspar.step.update import HyperParameters, LarsUpdate, SgdUpdate, clip_packed, slice_norms
+from jointspar.step.update import LarsUpdate, SgdUpdate, clip_packed, slice_norms
 from jointspar.telemetry import Stats
 
 MAX_SKIPPED_IN_A_ROW = 50
@@ -63,6 +65,7 @@ class Pipeline:
         settings["exchange"] = exchange if isinstance(exchange, str) else exchange.agreed()
         settings["check_every"], settings["overlap"] = check_every, overlap
         settings["device"] = layers.parameters[0].device.type
+        settings["backend"] = ops.backend().__name__.rpartition(".")[2]  # each rounds in its own way
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
         self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers(), comm.world_size)
@@ -184,7 +187,7 @@ class Pipeline:
                 world_size=self.comm.world_size,
             )
             self.backward.activate(self.layers.wanted_parameters(self.active))
-        self.exchange.start(self.step_count, self.active, self.drawn)
+        self.exchange.start(self.step_count, self.active, self.drawn, self.distribution.probabilities.copy())
         alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}
         with self._counting_bytes():
             self.agreement.post_plan(self.step_count, self.active, alike[self.sampling.strategy])
@@ -201,6 +204,7 @@ class Pipeline:
             "step": self.step_count,
             "skipped_in_a_row": self.skipped_in_a_row,
             "trainable": torch.from_numpy(self.backward.trainable.copy()),
+            "trainable_before": torch.from_numpy(self.backward.trainable_before.copy()),
             "distribution": {
                 name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
                 for name, value in arrays.items()
@@ -211,10 +215,9 @@ class Pipeline:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of other parameters or layers."""
-        if np.shape(state["trainable"]) != (len(self.layers.parameters),):
-            raise ValueError(
-                f"state_dict: is of {np.size(state['trainable'])} parameters, not {len(self.layers.parameters)}"
-            )
+        for flags in (state["trainable"], state.get("trainable_before", state["trainable"])):
+            if np.shape(flags) != (len(self.layers.parameters),):
+                raise ValueError(f"state_dict: is of {np.size(flags)} parameters, not {len(self.layers.parameters)}")
         if not 0 <= int(state["step"]) < _MAX_STEPS or int(state["skipped_in_a_row"]) < 0:
             raise ValueError(f"state_dict: no run has made {int(state['step'])} steps")
         self.distribution.check_state(state["distribution"])
@@ -233,8 +236,15 @@ class Pipeline:
         self._lesson = lesson if lesson is not None and lesson.world_size == self.comm.world_size else None
         self.chooser.load_state_dict(state["exchange"])
         self.agreement.go(Op.LOAD, step=self.step_count, agreed=[self.chooser.agreed(), *also_agreed])
+        self._draw_again(state)
+
+    def _draw_again(self, state: dict[str, Any]) -> None:
+        """The layers of the step that a state was saved before. What was frozen or thawed since then acts after it."""
+        trainable = self.backward.trainable.copy()
+        self.backward.trainable[:] = np.asarray(state.get("trainable_before", trainable))  # earlier states have none
         self._follow_frozen()
         self.draw_next()
+        self.backward.trainable[:] = trainable
 
     def put(self, state: dict[str, Any]) -> None:
         """That part of a state that meets nobody: where training is, what was learned, and what is trained."""

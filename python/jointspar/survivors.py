@@ -74,7 +74,8 @@ def _received(comm: Transport, tensor: torch.Tensor, root: int) -> torch.Tensor:
 def _arrays(state: dict[str, Any], *, is_own: bool) -> list[tuple[dict[str, Any], str]]:
     """Where those parts of a pipeline's state stand that all ranks share."""
     distribution = state["distribution"]
-    places = [(state, "step"), (state, "skipped_in_a_row"), (state, "trainable")]
+    places = [(state, "step"), (state, "skipped_in_a_row")]
+    places += [(state, "trainable"), (state, "trainable_before")]
     return places if is_own else places + [(distribution, name) for name in sorted(distribution)]
 
 

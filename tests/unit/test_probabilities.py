@@ -173,6 +173,42 @@ def test_norms_that_are_not_finite_teach_nothing_where_an_exchange_has_mended_th
     distribution = make(2, strategy="independent", distribution=name, p_min=0.1)
     before, both = distribution.state_dict(), np.ones(2, dtype=bool)
     local = Reading(np.array([value, 1.0]))
-    lesson = Lesson(both, np.full(2, 0.5), np.ones(2, dtype=np.int64), 1, local, mean=Reading(np.ones(2)))
+    half, counts = np.full(2, 0.5), np.ones(2, dtype=np.int64)
+    lesson = Lesson(both, half, half, counts, 1, local, mean=Reading(np.ones(2)))
     lesson.teach(distribution, np.array([[value, 1.0]]))
     assert all(np.array_equal(before[key], after) for key, after in distribution.state_dict().items())
+
+
+def test_norms_whose_squares_add_up_to_infinity_are_learnt_from():
+    """A layer that nobody has seen stands at the mean of the others."""
+    distribution = make(3, budget=1, distribution="norm", p_min=0.01)
+    distribution.update(np.array([1.5e308, 1.5e308, np.nan]), np.array([True, True, False]))
+    np.testing.assert_allclose(distribution.probabilities, np.full(3, 1 / 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["independent", "stratified", "shared"])
+def test_the_bandit_learns_the_best_distribution_while_every_layer_is_computed(strategy):
+    """Then the chance of seeing a layer is 1, but the loss is that of the distribution: sum ||g||^2 / p."""
+    squared_norms = np.array([1.0, 1.0, 1.0, 0.25, 0.25, 0.25])
+    distribution = make(budget=0.5, distribution="bandit", strategy=strategy)
+    ones, everything = np.ones(6), np.ones(6, dtype=bool)
+    for _ in range(400):
+        lesson = Lesson(
+            everything, ones, distribution.probabilities.copy(), np.ones(6, dtype=np.int64), 1,
+            Reading(squared_norms), mean=Reading(squared_norms),
+        )  # fmt: skip
+        lesson.teach(distribution, squared_norms[None])
+    best = np.sqrt(squared_norms) * 3.0 / np.sqrt(squared_norms).sum()
+    assert (squared_norms / distribution.probabilities).sum() <= 1.02 * (squared_norms / best).sum()
+
+
+def test_where_one_distribution_is_feasible_it_stays():
+    """As with one rank by default: what is learnt acts when p_min, the budget or the frozen layers change."""
+    distribution = make(4, budget=0.5)
+    for _ in range(3):
+        distribution.update(np.array([1.0, 4.0, 9.0, 16.0]), np.ones(4, dtype=bool))
+    assert distribution.probabilities.tolist() == [0.5] * 4
+    other = make(4, budget=0.5, p_min=0.1)
+    other.load_state_dict(distribution.state_dict())
+    other.update(np.array([1.0, 4.0, 9.0, 16.0]), np.ones(4, dtype=bool))
+    np.testing.assert_allclose(other.probabilities, np.array([1, 2, 3, 4]) / 5, rtol=1e-12)

@@ -63,11 +63,10 @@ def test_paper_is_the_paper_s_literal_reading():
         (dict(distribution="uniform", bandit_lr=0.05), "bandit_lr: does not act"),
         (dict(lag=2), "lag"),
         (dict(dense_steps=-1), "dense_steps"),
-        (dict(dense_steps=1.5), "dense_steps"),
-        (dict(dense_steps=True), "dense_steps"),
         (dict(distribution="uniform", p_min=0.1), "p_min"),
         (dict(strategy="shared", distribution="norm", shift=True), "shift: does not act"),
         (dict(strategy="stratified", distribution="bandit", shift=True), "shift: is for strategy"),
+        (dict(strategy="shared", distribution="bandit", shift=True, dense_steps=1), "shift: .* without dense_steps"),
         (dict(seed=-1), "seed"),
         (dict(seed=2**64), "seed"),
     ],
@@ -75,6 +74,24 @@ def test_paper_is_the_paper_s_literal_reading():
 def test_settings_out_of_range_are_refused_by_name(settings, name):
     with pytest.raises(ValueError, match=name):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("name", ["lag", "dense_steps", "seed"])
+def test_counts_that_are_none_are_refused_by_name(name):
+    for value in (1.5, True, "1", None):
+        with pytest.raises(TypeError, match=name):
+            Sampling(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As of an array of settings to try."""
+    given = dict(budget=np.int64(3), p_min=np.float32(0.25), seed=np.int64(5), lag=np.uint8(1), shift=np.bool_(True))
+    sampling = Sampling(**given, distribution="bandit", strategy="shared")
+    same = Sampling(budget=3, p_min=0.25, seed=5, lag=1, distribution="bandit", strategy="shared", shift=True)
+    assert sampling == same and repr(sampling) == repr(same)  # the ranks compare hashes of the fields
+    assert repr(Sampling(dense_steps=np.int32(2))) == repr(Sampling(dense_steps=2))
+    with pytest.raises(ValueError, match="fraction"):
+        Sampling(budget=np.float32(1.5))
 
 
 def test_a_budget_that_is_no_number_is_refused():

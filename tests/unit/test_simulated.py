@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 import jointspar as js
-from jointspar import survivors
+from jointspar import backends, survivors
 from jointspar.comm import run_simulated
 from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op
 from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError, RanksLost
+from jointspar.ops import serving
 from jointspar.step.exchange import candidates
 
 MPI_TESTS = Path(__file__).parents[1] / "mpi"
@@ -116,7 +117,40 @@ def test_ranks_that_differ_get_desync_error_on_both(capsys):
         run_simulated(2, lambda transport, program=program: program())
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DESYNC")]
         assert len(lines) == 2
-        assert any(differences[program] in line for line in lines), lines
+        assert all(differences[program] in line for line in lines), lines
+
+
+def test_ranks_on_different_backends_are_refused(monkeypatch):
+    """Each rounds in its own way: the weights would drift apart without a word."""
+    modules = [backends.load(name) for name in ("native", "reference")]
+    monkeypatch.setattr(serving, "_chosen", modules[0])
+
+    def build(transport):
+        serving._chosen = modules[transport.rank]  # one rank runs at a time
+        js.JointSparLARS(nn.Linear(3, 2).named_parameters())
+
+    with pytest.raises(DesyncError, match="setting 'backend' differs: rank 1 against rank 0"):
+        run_simulated(2, build)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_mean_gradient_that_one_rank_spoils_before_the_update_is_skipped_on_all(lag):
+    def use(transport):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = js.JointSparSGD(model.named_parameters(), sampling=js.Sampling(budget=1.0, lag=lag))
+        for is_spoilt in (True, False):
+            before = model.weight.detach().clone()
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.synchronize()
+            if is_spoilt and transport.rank == 1:
+                optimizer.mean_grads["weight"].fill_(float("nan"))
+            optimizer.step()
+            assert torch.equal(before, model.weight) == is_spoilt
+        assert optimizer.stats.skipped_steps == 1
+
+    run_simulated(2, use)
 
 
 def test_auto_does_not_measure_what_has_no_link():

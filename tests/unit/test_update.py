@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from jointspar.step.update import HyperParameters, LarsUpdate, clip_packed, slice_norms
+from jointspar.hyperparameters import HyperParameters
+from jointspar.step.update import LarsUpdate, clip_packed, slice_norms
 
 
 def test_hyperparameters_follow_their_groups():

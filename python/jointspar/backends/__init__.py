@@ -13,7 +13,7 @@ from typing import Any
 
 from jointspar.backends.on_device import OnDevice
 from jointspar.device_arrays import Place
-from jointspar.errors import warn_user
+from jointspar.errors import JointSparError, warn_user
 
 # Modules by backend: of this package for arrays on the CPU; for CUDA arrays, what OnDevice calls.
 _MODULES = {name: f"{__name__}.{module}" for name, module in (
@@ -52,10 +52,12 @@ def choose() -> ModuleType:
 
 
 def device_backend(place: Place, array: Any) -> OnDevice:
-    """What serves operations on arrays like this one. Raises RuntimeError where there are no CUDA kernels."""
+    """What serves operations on arrays like this one. Raises JointSparError where there are no CUDA kernels."""
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced and forced not in DEVICE_BACKENDS:
-        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced} serves arrays on the CPU only, not on cuda:{place.device}")
+        raise JointSparError(
+            f"{ENVIRONMENT_VARIABLE}={forced} serves arrays on the CPU only, not on cuda:{place.device}"
+        )
     reasons = []
     names = [forced] if forced else list(DEVICE_BACKENDS)
     for name in names:
@@ -65,7 +67,7 @@ def device_backend(place: Place, array: Any) -> OnDevice:
             if name != names[-1]:
                 _warn_if_broken(name, error)
             reasons.append(f"{name}: {error}")
-    raise RuntimeError(
+    raise JointSparError(
         "no CUDA kernels for arrays on a device: build jointspar where nvcc is found (JOINTSPAR_CUDA_EXT=1), or "
         f"install CuPy ({'; '.join(reasons)})"
     )

@@ -4,7 +4,7 @@ The kernels are compiled at their first use (NVRTC, a second each) and kept on d
 on the given stream, results are written into arrays of the caller, and nothing waits for the device. The launchers of
 csrc/cuda are the other form of what is here; the contracts are in csrc/include/jointspar.
 
-device: CUDA device number; stream: cudaStream_t as an integer. Raises RuntimeError where a kernel cannot be compiled
+device: CUDA device number; stream: cudaStream_t as an integer. Raises JointSparError where a kernel cannot be compiled
 or launched, or a stream is being captured.
 """
 

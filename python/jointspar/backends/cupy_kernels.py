@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import cupy
 
+from jointspar.errors import JointSparError
+
 THREADS_PER_BLOCK = 256  # kThreadsPerBlock of common/device_chunks.h
 _FOLDERS = ("common", "cuda", "include")  # of csrc
 
@@ -41,12 +43,12 @@ class Queue(NamedTuple):
 def queue_on(device: int, stream: int) -> Iterator[Queue]:
     """Makes the device, and the stream of this handle, CuPy's current ones for a call.
 
-    Raises RuntimeError while the stream is captured: a graph would need memory of its own, which CuPy cannot get
+    Raises JointSparError while the stream is captured: a graph would need memory of its own, which CuPy cannot get
     without disturbing the capture.
     """
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as external:
         if external.is_capturing():
-            raise RuntimeError(
+            raise JointSparError(
                 "a stream capture needs the compiled CUDA kernels: build jointspar where nvcc is found "
                 "(JOINTSPAR_CUDA_EXT=1)"
             )
@@ -88,7 +90,7 @@ def options_for(compute_capability: str) -> tuple[str, ...]:
 
 
 def compile_kernel(kernel: Kernel, compute_capability: str) -> tuple[str, bytes]:
-    """(name in the machine code, machine code). Raises RuntimeError with the compiler's log."""
+    """(name in the machine code, machine code). Raises JointSparError with the compiler's log."""
     nvrtc = cupy.cuda.nvrtc
     program = nvrtc.createProgram(source_of(kernel), "kernel.cu", (), ())
     try:
@@ -96,7 +98,7 @@ def compile_kernel(kernel: Kernel, compute_capability: str) -> tuple[str, bytes]
         try:
             nvrtc.compileProgram(program, options_for(compute_capability))
         except nvrtc.NVRTCError as error:
-            raise RuntimeError(f"{kernel.name}: {error}\n{nvrtc.getProgramLog(program)}") from error
+            raise JointSparError(f"{kernel.name}: {error}\n{nvrtc.getProgramLog(program)}") from error
         return nvrtc.getLoweredName(program, expression_of(kernel)), nvrtc.getCUBIN(program)
     finally:
         nvrtc.destroyProgram(program)
@@ -111,7 +113,7 @@ def compiled(kernel: Kernel, compute_capability: str) -> tuple[str, bytes]:
     try:
         name, code = cached.read_bytes().split(b"\n", 1)
         return name.decode(), code
-    except OSError:
+    except (OSError, ValueError):  # not there, or cut short
         pass
     lowered_name, code = compile_kernel(kernel, compute_capability)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone

@@ -105,6 +105,7 @@ def lars_update(
         local = 1.0
         if adapt[k] and param_norm != 0.0 and grad_norm != 0.0:
             local = trust_coefficient * param_norm / (grad_norm + weight_decay * param_norm + eps)
+            local = min(local, torch.finfo(velocity.dtype).max)  # of one that overflowed 0 * rate would be NaN
         _momentum_step(param, velocity, grad, lr, momentum, weight_decay, local, nesterov)
         norms_after[k] = _norm(param)
     return used_norms, norms_after

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from jointspar.comm.transport import Transport
+from jointspar.comm.transport import Transport, failing
 from jointspar.errors import CollectiveTimeout
 
 _LONGEST_SLEEP = 2e-4
@@ -45,12 +45,9 @@ def call_with_deadline(transport: Transport, function: Callable[[], None], *, wh
             errors.append(error)
 
     thread = threading.Thread(target=run, name=f"jointspar {what}", daemon=True)
-    try:
+    with failing(transport, what):
         thread.start()
         thread.join(min(transport.timeout, threading.TIMEOUT_MAX))
-    except BaseException as error:
-        transport.fail(f"{what} was left by {type(error).__name__}")
-        raise
     if thread.is_alive():
         _give_up(transport, f"{what}: no answer from the other ranks for {transport.timeout:.1f} s")
     if errors:

@@ -30,9 +30,9 @@ from jointspar.comm.mpi_library import (
     outlives_ranks,
     size_of_world,
 )
-from jointspar.comm.process import Options, ProcessTransport, checked_options
+from jointspar.comm.process import Options, ProcessHeaders, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
-from jointspar.comm.transport import check_buffer, check_words
+from jointspar.comm.transport import check_buffer, check_words, failing
 from jointspar.comm.watchdog import end_within
 from jointspar.errors import JointSparError, RanksLost
 
@@ -72,7 +72,7 @@ class MpiTransport(ProcessTransport):
         if "Open MPI" in self.name:  # the answer shares a connection with the data of the other direction
             self.eager_bytes = _OPEN_MPI_EAGER_BYTES
         try:
-            with self._failing("start"):
+            with failing(self, "start"):
                 self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
         except RanksLost:
             self._mark_closed()
@@ -86,7 +86,7 @@ class MpiTransport(ProcessTransport):
         private.Set_errhandler(self._mpi.ERRORS_RETURN)
         return private
 
-    def start_headers(self, words: np.ndarray, *, what: str) -> _PendingHeaders:
+    def start_headers(self, words: np.ndarray, *, what: str) -> ProcessHeaders:
         self._check_usable(what)
         own = check_words(words)
         rows = np.empty((self.world_size, own.size), dtype=np.int64)
@@ -94,7 +94,7 @@ class MpiTransport(ProcessTransport):
         pending = _Pending(self, (own, rows), self.recorder.start(what, "header", own.nbytes))
         pending.start(self._headers.Iallgather, [own, own.size, int64], [rows, own.size, int64])
         self.bytes_sent += own.nbytes * (self.world_size - 1)
-        return _PendingHeaders(pending, rows)
+        return ProcessHeaders(pending, rows)
 
     def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
         if not self.can_allreduce(buffer.dtype):
@@ -297,7 +297,7 @@ class _Pending:
 
     def start(self, operation: Callable[..., Any], *arguments: Any) -> None:
         """Hand MPI one more operation, on memory of these buffers."""
-        with self._transport._failing(self._record.what):
+        with failing(self._transport, self._record.what):
             self._requests.append(self._transport._call(self._record.what, operation, *arguments))
 
     def done(self) -> bool:
@@ -310,23 +310,13 @@ class _Pending:
     def wait(self) -> None:
         if self.done():
             return
-        with self._transport._failing(self._record.what):  # an interrupt too leaves the operation half-way
+        with failing(self._transport, self._record.what):  # an interrupt too leaves the operation half-way
             self._transport._wait(self._requests, self._record.what)
         self._finish()
 
     def _finish(self) -> None:
         self._record.finish()
         _in_flight.discard(self)
-
-
-class _PendingHeaders:
-    def __init__(self, pending: _Pending, rows: np.ndarray) -> None:
-        self._pending = pending
-        self._rows = rows
-
-    def wait(self) -> np.ndarray:
-        self._pending.wait()
-        return self._rows
 
 
 def mpi(

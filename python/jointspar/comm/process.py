@@ -8,15 +8,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
+
+import numpy as np
 
 from jointspar.comm.failure import abort_on_uncaught
 from jointspar.comm.heads import leave
 from jointspar.comm.recorder import Recorder
 from jointspar.comm.refusals import CheckedTransport
-from jointspar.comm.transport import PEER_GRACE_SECONDS
+from jointspar.comm.transport import PEER_GRACE_SECONDS, Pending
 from jointspar.comm.watchdog import watched
 from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError, RanksLost
 
@@ -72,15 +73,6 @@ class ProcessTransport(CheckedTransport):
     def _release(self) -> None:
         """Let go of what the library made for this transport, while the interpreter is whole."""
 
-    @contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
-        """Around what leaves the transport unusable where any exception leaves it, an interrupt too."""
-        try:
-            yield
-        except BaseException as error:
-            self.fail(f"{what} was left by {type(error).__name__}")
-            raise
-
     def _mark_closed(self) -> None:
         super()._mark_closed()
         atexit.unregister(self._leave)
@@ -129,6 +121,18 @@ class ProcessTransport(CheckedTransport):
             if isinstance(error, DesyncError):
                 time.sleep(PEER_GRACE_SECONDS)
             self.abort(f"at exit: {error}")
+
+
+class ProcessHeaders:
+    """Headers under way, and where they arrive, int64 [world_size, num_words]."""
+
+    def __init__(self, pending: Pending, rows: np.ndarray) -> None:
+        self._pending = pending
+        self._rows = rows
+
+    def wait(self) -> np.ndarray:
+        self._pending.wait()
+        return self._rows
 
 
 def checked_options(

@@ -23,7 +23,7 @@ import torch
 from jointspar.comm.heads import leave
 from jointspar.comm.meetings import Mailbox, Meeting, Meetings
 from jointspar.comm.refusals import CheckedTransport
-from jointspar.comm.transport import check_words
+from jointspar.comm.transport import check_words, failing
 from jointspar.comm.turns import Turns
 from jointspar.errors import CollectiveTimeout, JointSparError
 
@@ -164,11 +164,8 @@ class SimulatedTransport(CheckedTransport):
         super()._check_usable(what)
         random_state = torch.get_rng_state()
         self._world.waiting_for[self.rank] = what
-        try:
+        with failing(self, what):
             has_come = self._world.turns.wait_until(self.rank, is_over)
-        except BaseException as error:
-            self.fail(f"{what} was left by {type(error).__name__}")
-            raise
         torch.set_rng_state(random_state)
         if not has_come:
             stuck = self._world.stuck(self.rank, what)

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from jointspar.comm.process import Options, ProcessTransport, checked_options
+from jointspar.comm.process import Options, ProcessHeaders, ProcessTransport, checked_options
 from jointspar.comm.recorder import Record
-from jointspar.comm.transport import check_words
+from jointspar.comm.transport import check_words, failing
 from jointspar.errors import JointSparError
 
 _SLICE_SECONDS = 0.5  # of one uninterruptible wait for a collective
@@ -69,7 +69,7 @@ class TorchTransport(ProcessTransport):
         )
         self._headers: Any = None  # until it is made: an exit may come before
         self._payload: Any = None
-        with self._failing("start"):
+        with failing(self, "start"):
             self._headers, self._payload = self._private_group(ranks), self._private_group(ranks)
         self._summed = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64))
 
@@ -82,14 +82,14 @@ class TorchTransport(ProcessTransport):
         group._get_backend(torch.device("cpu"))._set_default_timeout(_OWN_DEADLINE)
         return group
 
-    def start_headers(self, words: np.ndarray, *, what: str) -> _PendingHeaders:
+    def start_headers(self, words: np.ndarray, *, what: str) -> ProcessHeaders:
         self._check_usable(what)
         own = torch.from_numpy(check_words(words))
         rows = torch.empty((self.world_size, own.numel()), dtype=torch.int64)
         record = self.recorder.start(what, "header", words.nbytes)
         work = self._call(what, dist.all_gather, list(rows), own, group=self._headers, async_op=True)
         self.bytes_sent += words.nbytes * (self.world_size - 1)
-        return _PendingHeaders(_Collective(self, work, record), rows.numpy())
+        return ProcessHeaders(_Collective(self, work, record), rows.numpy())
 
     def allreduce(self, buffer: torch.Tensor, *, what: str) -> None:
         if not self.can_allreduce(buffer.dtype):
@@ -166,7 +166,7 @@ class TorchTransport(ProcessTransport):
         """Poison the transport; the error to raise for one of gloo's, which has one type for all of them."""
         if waited >= 0.99 * self.timeout:
             return self._timed_out(what, waited)
-        text = str(error).strip().splitlines()[0]
+        text = str(error).strip().partition("\n")[0]
         self.fail(f"{what} failed with {text}")
         return JointSparError(f"rank {self.rank}: {what}: {text}")
 
@@ -192,14 +192,10 @@ class _Collective:
         transport, what = self._transport, self._record.what
         began = time.monotonic()
         has_warned = False
-        try:
-            with transport._watch(what):
-                while not self.done():
-                    has_warned = transport._check_deadline(what, began, has_warned)
-                    self._wait_a_slice(transport.timeout - (time.monotonic() - began))
-        except BaseException as error:  # an interrupt too leaves the operation half-way
-            transport.fail(f"{what} was left by {type(error).__name__}")
-            raise
+        with failing(transport, what), transport._watch(what):  # an interrupt too leaves the operation half-way
+            while not self.done():
+                has_warned = transport._check_deadline(what, began, has_warned)
+                self._wait_a_slice(transport.timeout - (time.monotonic() - began))
 
     def _wait_a_slice(self, remaining: float) -> None:
         with suppress(RuntimeError):  # not in time; or it failed, which done() reports
@@ -224,24 +220,10 @@ class _Message:
             return
         transport, what = self._transport, self._record.what
         transport._check_usable(what)
-        try:
-            with transport._watch(what):
-                transport._call(what, self._work.wait, _deadline(transport.timeout))
-        except BaseException as error:
-            transport.fail(f"{what} was left by {type(error).__name__}")
-            raise
+        with failing(transport, what), transport._watch(what):
+            transport._call(what, self._work.wait, _deadline(transport.timeout))
         self._record.finish()
         self._work = None
-
-
-class _PendingHeaders:
-    def __init__(self, pending: _Collective, rows: np.ndarray) -> None:
-        self._pending = pending
-        self._rows = rows
-
-    def wait(self) -> np.ndarray:
-        self._pending.wait()
-        return self._rows
 
 
 def torch_dist(

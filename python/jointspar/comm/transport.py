@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -99,6 +100,20 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Free the communicators. Further calls raise."""
+
+
+class _CanFail(Protocol):
+    def fail(self, reason: str) -> None: ...
+
+
+@contextmanager
+def failing(transport: _CanFail, what: str) -> Iterator[None]:
+    """Around what leaves the transport unusable where any exception leaves it, an interrupt between two waits too."""
+    try:
+        yield
+    except BaseException as error:
+        transport.fail(f"{what} was left by {type(error).__name__}")
+        raise
 
 
 def check_buffer(buffer: torch.Tensor) -> None:

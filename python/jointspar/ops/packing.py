@@ -61,6 +61,17 @@ def pack_gradients(
 
 
 @on_plain_tensors
+def pack_rows(grads: list[Array | None], scales: np.ndarray, sizes: np.ndarray, out: Array) -> Array:
+    """`pack_gradients` for callers that have checked scales (float64) and sizes (int64) already; the squared norms.
+
+    Those of arrays on the host are a NumPy array, whatever the library of `out`.
+    """
+    squared_norms: Array = serving_of(out)[0].pack_gradients(grads, scales, sizes, out)
+    increment_versions([out])
+    return squared_norms
+
+
+@on_plain_tensors
 def unpack_gradients(packed: Array, outs: Sequence[Array], *, add: bool = False) -> None:
     """Copy (or add) the slices of a packed buffer into `outs`, which are mutated.
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jointspar.arguments import on_plain_tensors
 from jointspar.errors import JointSparError, warn_user
 
 _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the ActiveBackward that toggles it
@@ -38,7 +39,7 @@ class ActiveBackward:
         self._is_superseded = False
         self._parameters = parameters
         self.trainable = np.array([parameter.requires_grad for parameter in parameters], dtype=bool)
-        self._trainable_before = self.trainable.copy()  # when the iteration under way began
+        self.trainable_before = self.trainable.copy()  # when the iteration under way began
         self._as_set = self.trainable.copy()
         self._as_activated = self.trainable.copy()  # the same, but for what the user and `release` set since
         self._fallback = len(parameters) - 1
@@ -60,7 +61,7 @@ class ActiveBackward:
     @property
     def updatable(self) -> np.ndarray:
         """bool [num_parameters]: trainable now, and when the iteration under way began."""
-        return self.trainable & self._trainable_before
+        return self.trainable & self.trainable_before
 
     def check_owner(self) -> None:
         """Raises JointSparError after another was built: each would take what the other sets for the user's wish."""
@@ -77,11 +78,14 @@ class ActiveBackward:
         self.observe_flags()
         self.observe_grads()
 
+    @on_plain_tensors
     def observe_flags(self) -> None:
         """The first half of `observe`, which may come before the last gradient."""
         self.check_owner()
         found = self._found_flags()
-        if (found & ~self._as_set & self._trainable_before).any():
+        if (found == self._as_set).all():
+            return
+        if (found & ~self._as_set & self.trainable_before).any():
             self._warn_once(
                 "requires_grad was set on parameters of layers that are inactive in this step: what backward computes "
                 "for them is dropped, and no time saved. Freeze and thaw by optimizer.set_trainable"
@@ -102,21 +106,22 @@ class ActiveBackward:
         self.trainable[changed] = found[changed]
         self._as_set[:] = found
 
+    @on_plain_tensors
     def observe_grads(self) -> None:
         """The second half, after backward."""
         has_grad = np.array([parameter.grad is not None for parameter in self._parameters], dtype=bool)
         if not has_grad.any():  # no backward in this step
             return
-        could_have = self._as_set & self._as_activated
-        self._is_reached[could_have] &= has_grad[could_have]
-        candidates = has_grad & self._is_reached if (has_grad & self._is_reached).any() else has_grad
-        self._fallback = int(np.flatnonzero(candidates)[-1])
+        self._is_reached &= has_grad | ~(self._as_set & self._as_activated)
+        reached = np.flatnonzero(has_grad & self._is_reached)
+        self._fallback = int(reached[-1] if reached.size else np.flatnonzero(has_grad)[-1])
 
     def set_trainable(self, positions: Sequence[int], trainable: bool | np.ndarray) -> None:
         """Freeze or thaw parameters, active or not."""
         self.check_owner()
         self.trainable[list(positions)] = trainable
 
+    @on_plain_tensors
     def activate(self, wanted: np.ndarray) -> None:
         """Let autograd compute the gradients of `wanted` parameters (bool [num_parameters]) and of no others.
 
@@ -129,10 +134,11 @@ class ActiveBackward:
         if not (flags & self._is_reached).any() and self.trainable.any():
             fallback = self._fallback if self.trainable[self._fallback] else np.flatnonzero(self.trainable)[-1]
             flags[fallback] = True
-        for index in np.flatnonzero(flags != self._as_set).tolist():
-            self._parameters[index].requires_grad_(bool(flags[index]))
+        changed = np.flatnonzero(flags != self._as_set)
+        for index, flag in zip(changed.tolist(), flags[changed].tolist(), strict=True):
+            self._parameters[index].requires_grad = flag
         self._as_set[:] = self._as_activated[:] = flags
-        self._trainable_before[:] = self.trainable
+        self.trainable_before[:] = self.trainable
         if self._note is not None:
             self._watch_differentiable()
 

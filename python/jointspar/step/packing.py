@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from jointspar import ops
 from jointspar.arguments import dtype_name, on_plain_tensors
 from jointspar.errors import JointSparError, warn_user
+from jointspar.ops.packing import pack_rows
 
 _EVEN = 1.25  # a bucket's bytes of the busiest rank, over those of the mean rank
 
@@ -26,7 +28,7 @@ class PackedLayout:
     start: int = 0  # elements of the buffer before the first slice
     buckets: tuple[PackedLayout, ...] = ()  # parts of this, in the order in which backward is expected to finish them
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Elements of all slices."""
         return int(self.sizes.sum())
@@ -62,8 +64,10 @@ class Packer:
         self._bucket_bytes = bucket_bytes
         self._warned: set[int] = set()
         self._kinds = [_kind(parameter) for parameter in parameters]
+        self._strides = [parameter.stride() for parameter in parameters]
         self._pointers = [parameter.data_ptr() for parameter in parameters]
 
+    @on_plain_tensors
     def check_parameters(self) -> None:
         """Raises JointSparError for a parameter that was moved or converted since this was built."""
         pointers = [parameter.data_ptr() for parameter in self._parameters]
@@ -137,8 +141,7 @@ class Packer:
         An active parameter without a gradient packs zeros and warns once.
         """
         packed, grads = self.buffer(layout), self._grads(layout, computed)
-        _, squared_norms = ops.pack_gradients(grads, scales[layout.positions], layout=layout.sizes, out=packed)
-        return packed, squared_norms
+        return packed, pack_rows(grads, scales[layout.positions], layout.sizes, packed)
 
     def squared_norms(self, layout: PackedLayout, computed: np.ndarray) -> np.ndarray:
         """Those that `pack` would return, of gradients on the host."""
@@ -149,8 +152,13 @@ class Packer:
         return squared
 
     def _grads(self, layout: PackedLayout, computed: np.ndarray) -> list[torch.Tensor | None]:
-        wanted = zip(layout.positions.tolist(), computed[layout.positions].tolist(), strict=True)
-        return [self._grad(position) if is_wanted else None for position, is_wanted in wanted]
+        """In the parameters' own memory order; None: another rank's, or one that is missing."""
+        grads: list[torch.Tensor | None] = []
+        for position, is_wanted in zip(layout.positions.tolist(), computed[layout.positions].tolist(), strict=True):
+            grad = self._parameters[position].grad if is_wanted else None
+            is_plain = grad is not None and grad.layout is torch.strided and grad.stride() == self._strides[position]
+            grads.append(grad if is_plain or not is_wanted else self._checked_grad(position))
+        return grads
 
     def unpack_views(self, layout: PackedLayout, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of the buffer's slices by parameter name, in the parameters' shapes."""
@@ -162,8 +170,8 @@ class Packer:
             offset += size
         return views
 
-    def _grad(self, position: int) -> torch.Tensor | None:
-        """A parameter's gradient in the parameter's own memory order."""
+    def _checked_grad(self, position: int) -> torch.Tensor | None:
+        """A gradient that may be missing, sparse, or of another memory order than its parameter."""
         parameter = self._parameters[position]
         grad = parameter.grad
         if grad is None:

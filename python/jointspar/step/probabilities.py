@@ -44,7 +44,7 @@ class LayerDistribution:
         squared_norms: np.ndarray,
         observed: np.ndarray,
         *,
-        drawn_probabilities: np.ndarray | None = None,
+        probabilities_then: np.ndarray | None = None,
         chance: np.ndarray | None = None,
     ) -> None:
         """Learn from the squared norms of the layers that were observed in a step.
@@ -52,15 +52,15 @@ class LayerDistribution:
         Args:
             squared_norms: float64 [num_layers], of unscaled gradients; read where observed.
             observed: bool [num_layers].
-            drawn_probabilities: float64 [num_layers], what that step's layers were drawn from; default: today's.
-            chance: float64 [num_layers], probability of being observed; default: the drawn probabilities.
+            probabilities_then: float64 [num_layers], the distribution when that step began; default: today's.
+            chance: float64 [num_layers], probability of being observed; default: those probabilities.
         """
         seen = observed & self.eligible
         if self._sampling.distribution == "norm":
             self._update_by_norm(squared_norms, seen)
         elif self._sampling.distribution == "bandit":
-            drawn = self.probabilities if drawn_probabilities is None else drawn_probabilities
-            self._update_by_bandit(squared_norms, seen, drawn, drawn if chance is None else chance)
+            then = self.probabilities if probabilities_then is None else probabilities_then
+            self._update_by_bandit(squared_norms, seen, then, then if chance is None else chance)
 
     def set_eligible(self, eligible: np.ndarray) -> None:
         """Take layers out or in (frozen or thawed by the user); the others keep their proportions."""
@@ -117,16 +117,17 @@ class LayerDistribution:
         self._budget, self._p_min = self._sampling.constraints(
             self.eligible.size, num_frozen, world_size=self._world_size
         )
+        self._is_settled = False
 
     def _update_by_bandit(
-        self, squared_norms: np.ndarray, seen: np.ndarray, drawn_probabilities: np.ndarray, chance: np.ndarray
+        self, squared_norms: np.ndarray, seen: np.ndarray, probabilities_then: np.ndarray, chance: np.ndarray
     ) -> None:
         """The gain has 1/q^3: 1/q^2 is of the loss, 1/q of the chance of seeing it, which may be another than q."""
         inside = self.eligible
         if not inside.any():
             return
-        is_own = chance == drawn_probabilities
-        drawn_probabilities = np.where(is_own, chance, np.cbrt(np.square(drawn_probabilities) * chance))
+        is_own = chance == probabilities_then
+        cubes_root = np.where(is_own, chance, np.cbrt(np.square(probabilities_then) * chance))
         self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
             self.probabilities[inside],
             squared_norms[inside],
@@ -136,7 +137,7 @@ class LayerDistribution:
             p_min=self._p_min,
             bandit_lr=self._sampling.bandit_step,
             shift=self._sampling.shift,
-            drawn_probabilities=np.where(seen, drawn_probabilities, 1.0)[inside],  # read where seen
+            drawn_probabilities=np.where(seen, cubes_root, 1.0)[inside],  # read where seen
         )
 
     def _update_by_norm(self, squared_norms: np.ndarray, seen: np.ndarray) -> None:
@@ -144,12 +145,13 @@ class LayerDistribution:
         self.norm_ema[seen] = EMA_DECAY * self.norm_ema[seen] + (1.0 - EMA_DECAY) * squared_norms[seen]
         self.norm_count[seen] += 1
         known = (self.norm_count > 0) & self.eligible
-        if not known.any():
+        if self._is_settled or not known.any():
             return
         mean_square = np.zeros_like(self.norm_ema)
         mean_square[known] = self.norm_ema[known] / (1.0 - EMA_DECAY ** self.norm_count[known])
-        mean_square[~known] = mean_square[known].mean()
-        largest = mean_square[self.eligible].max()
+        largest = mean_square.max()
+        with np.errstate(over="ignore"):
+            mean_square[~known] = min(mean_square[known].mean(), largest)
         if largest > 0.0:
             smallest = max(_TINY * largest, np.finfo(np.float64).tiny)
             self._project(0.5 * np.log(np.maximum(mean_square[self.eligible], smallest)))
@@ -158,6 +160,8 @@ class LayerDistribution:
         self.probabilities[self.eligible] = ops.project_probabilities(
             log_weights, budget=self._budget, p_min=self._p_min
         )
+        count = log_weights.size
+        self._is_settled = self._budget >= count or self._budget <= self._p_min * count  # one point is feasible
 
 
 def observation_chance(strategy: str, drawn_probabilities: np.ndarray, world_size: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from jointspar import ops
+from jointspar.arguments import flag, whole_number
 
 _BANDIT_LR = 0.05
 DISTRIBUTIONS = ("bandit", "norm", "uniform")
@@ -30,8 +31,8 @@ class Sampling:
             paper: layers independent).
         distribution: "bandit" (the paper's Algorithm 1), "norm" (proportional to the gradient norms) or "uniform".
         bandit_lr: step size of Algorithm 1; None: 0.05.
-        shift: the paper's literal non-negative loss in Algorithm 1, not with strategy="stratified", where a layer is
-            observed with another chance than its probability.
+        shift: the paper's literal non-negative loss in Algorithm 1, not with strategy="stratified" or dense_steps,
+            where a layer is observed with another chance than its probability.
         lag: 1 learns from each step one step later, so that nothing waits for norms that a device still computes; a
             skipped step is then counted one step later too.
         dense_steps: so many first steps compute every layer, and the distribution learns from the norms of all.
@@ -56,6 +57,9 @@ class Sampling:
     grouping: str = "module"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())
         _check_choice("strategy", self.strategy, ops.STRATEGIES)
         _check_choice("draw", self.draw, ops.DRAWS)
         _check_choice("distribution", self.distribution, DISTRIBUTIONS)
@@ -72,19 +76,14 @@ class Sampling:
             raise ValueError(f"p_min: {self.p_min} is not in (0, 1]")
         if not (self.bandit_step >= 0.0 and np.isfinite(self.bandit_step)):
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
-        if not isinstance(self.shift, bool):
-            raise TypeError(f"shift: expected True or False, got {self.shift!r}")
-        if self.shift and self.strategy == "stratified":
-            raise ValueError("shift: is for strategy='independent' or 'shared', whose layers are observed as drawn")
-        if isinstance(self.lag, bool) or not isinstance(self.lag, int) or self.lag not in (0, 1):
-            raise ValueError(f"lag: {self.lag!r} is not 0 or 1")
-        if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int) or self.dense_steps < 0:
-            raise ValueError(f"dense_steps: {self.dense_steps!r} is not a number of steps")
+        if flag("shift", self.shift) and (self.strategy == "stratified" or self.dense_steps):
+            raise ValueError("shift: is for strategy='independent' or 'shared' without dense_steps: observed as drawn")
+        whole_number("lag", self.lag, 0, 1)
+        whole_number("dense_steps", self.dense_steps, 0, 2**62)
+        whole_number("seed", self.seed, 0, 2**64 - 1)
         idle = [name for name, acts in self._acting().items() if not acts]
         if idle:
             raise ValueError(f"{idle[0]}: does not act with distribution={self.distribution!r}; leave it out")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: {self.seed!r} is not a whole number in [0, 2**64)")
 
     @property
     def bandit_step(self) -> float:

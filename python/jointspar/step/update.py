@@ -2,111 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from jointspar import ops
 from jointspar.arguments import on_plain_tensors
+from jointspar.hyperparameters import HyperParameters
 from jointspar.ops.updates import lars_update_rows, sgd_update_rows
 
 REMEASURE_EVERY = 100  # steps after which carried norms are measured again
 # Carried and measured norms of the same weights differ by less, relatively: their sums may have another order.
 _SAME_WEIGHTS = {torch.float64: 1e-12}
 _SAME_WEIGHTS_IN_FLOAT = 1e-5  # as much as sums of equal float32 values can lose
-
-
-class HyperParameters:
-    """The parameter groups' settings as one row of float64 per parameter, as they were at the last `refresh`."""
-
-    def __init__(
-        self, param_groups: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor], names: Sequence[str]
-    ) -> None:
-        self._groups = param_groups
-        self.names = tuple(names)
-        position_of = {id(parameter): position for position, parameter in enumerate(parameters)}
-        self._group_of = np.zeros(len(parameters), dtype=np.int64)
-        for group_index, group in enumerate(param_groups):
-            for parameter in group["params"]:
-                self._group_of[position_of[id(parameter)]] = group_index
-        self._members = _members(param_groups)
-        self._is_vector = np.array([parameter.ndim <= 1 for parameter in parameters], dtype=bool)
-        self.refresh()
-
-    def follow(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Read these groups from now on, where somebody replaced the list. Raises ValueError for other members."""
-        if param_groups is not self._groups:
-            if _members(param_groups) != self._members:
-                raise ValueError("param_groups: were replaced by groups of other parameters: build a new optimizer")
-            self._groups = param_groups
-
-    def refresh(self) -> None:
-        """Take over what the groups hold now. Raises ValueError for a setting that no update could use."""
-        check_hyperparameters(self._groups, self.names)
-        switches = (("nesterov", False), ("adapt_vectors", True))
-        self._table = np.array(
-            [
-                [float(group[name]) for name in self.names] + [float(group.get(name, no)) for name, no in switches]
-                for group in self._groups
-            ]
-        )
-
-    def rows(self, positions: np.ndarray) -> np.ndarray:
-        """float64 [len(positions), num_names]: the settings of the parameters at `positions`, in the order of names."""
-        return self._table[self._group_of[positions], : len(self.names)]
-
-    @property
-    def nesterov(self) -> bool:
-        """The same in all groups, see `refresh`."""
-        return bool(self._groups[0]["nesterov"])
-
-    def agreed(self) -> list[object]:
-        """What ranks must agree on before each exchange: settings, switches, and which group holds what."""
-        return [self._table, self._group_of]
-
-    def treated_as_vectors(self, positions: np.ndarray) -> np.ndarray:
-        """bool [len(positions)]: tensors of one dimension in groups that leave those out of LARS and decay."""
-        return self._is_vector[positions] & (self._table[self._group_of[positions], -1] == 0.0)
-
-
-def _members(param_groups: Sequence[dict[str, Any]]) -> list[list[int]]:
-    return [[id(parameter) for parameter in group["params"]] for group in param_groups]
-
-
-def check_hyperparameters(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """Raises ValueError or TypeError for a setting that is missing, or that no update could use."""
-    for group in param_groups:
-        missing = [name for name in (*names, "nesterov") if name not in group]
-        if missing:
-            raise ValueError(f"{missing[0]}: a parameter group does not have it, so it is of another optimizer")
-        for name in names:
-            _check_number(name, group[name])
-        for name in ("nesterov", "adapt_vectors"):
-            if not isinstance(group.get(name, False), (bool, np.bool_)):
-                raise TypeError(f"{name}: expected True or False, got {type(group[name]).__name__}")
-        if group["nesterov"] and group["momentum"] <= 0.0:
-            raise ValueError("nesterov: needs a momentum above 0")
-    if len({bool(group["nesterov"]) for group in param_groups}) > 1:
-        raise ValueError("nesterov: must be the same in all parameter groups")
-
-
-def _check_number(name: str, value: Any) -> None:
-    """A number, or a tensor of one, finite and at least 0."""
-    if type(value) is float and 0.0 <= value < math.inf:  # nearly always
-        return
-    is_tensor = isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype.is_floating_point
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not (is_tensor or is_number):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name}: {number} is not finite and at least 0")
 
 
 class LarsUpdate:
@@ -159,6 +68,7 @@ class LarsUpdate:
         adapt[positions.size :] = False
         if grad_norms is not None and idle.size:
             grad_norms = torch.cat([grad_norms, grad_norms.new_zeros(idle.size)])
+        pointers = [parameter.data_ptr() for parameter in parameters]
         norms = lars_update_rows(
             parameters,
             [self._momenta[position] for position in chosen],
@@ -166,16 +76,17 @@ class LarsUpdate:
             hyper=rows,
             nesterov=hyper.nesterov,
             adapt=adapt,
-            param_norms=self._carried(everything, parameters),
+            param_norms=self._carried(everything, parameters, pointers),
             grad_norms=grad_norms,
             skip_nonfinite=skip_nonfinite,
         )
-        self._carry(everything, parameters, norms.param_norms_after)
+        self._carry(everything, parameters, pointers, norms.param_norms_after)
         return norms.grad_norms[: positions.size]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The norms, since measuring them again may give other bits, and how far it is to the next measuring."""
-        norms = torch.as_tensor(self._still_valid(np.arange(len(self._parameters)), self._parameters))
+        everything, pointers = np.arange(len(self._parameters)), self._all_pointers()
+        norms = torch.as_tensor(self._still_valid(everything, self._parameters, pointers))
         return {"norms": norms.cpu(), "steps": torch.tensor(self._steps)}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -194,28 +105,38 @@ class LarsUpdate:
         measured = torch.sqrt(ops.squared_norms(list(self._parameters)))
         tolerances = [_SAME_WEIGHTS.get(parameter.dtype, _SAME_WEIGHTS_IN_FLOAT) for parameter in self._parameters]
         is_same = (saved - measured).abs() <= torch.tensor(tolerances).to(measured) * measured
-        self._carry(np.arange(len(self._parameters)), self._parameters, torch.where(is_same, saved, torch.nan))
+        everything, norms = np.arange(len(self._parameters)), torch.where(is_same, saved, torch.nan)
+        self._carry(everything, self._parameters, self._all_pointers(), norms)
         self._steps = int(state["steps"])
 
-    def _carry(self, positions: np.ndarray, parameters: Sequence[torch.Tensor], norms: torch.Tensor) -> None:
+    def _all_pointers(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._parameters]
+
+    def _carry(
+        self, positions: np.ndarray, parameters: Sequence[torch.Tensor], pointers: list[int], norms: torch.Tensor
+    ) -> None:
         """Keep norms, and what tells later whether somebody else has written their parameters."""
         if self._host_norms is None:
             self._norms[host_index(positions, self._norms.device)] = norms
         else:
             self._host_norms[positions] = norms.numpy()
         self._versions[positions] = [parameter._version for parameter in parameters]
-        self._pointers[positions] = [parameter.data_ptr() for parameter in parameters]
+        self._pointers[positions] = pointers
 
-    def _carried(self, positions: np.ndarray, parameters: Sequence[torch.Tensor]) -> torch.Tensor | np.ndarray:
+    def _carried(
+        self, positions: np.ndarray, parameters: Sequence[torch.Tensor], pointers: list[int]
+    ) -> torch.Tensor | np.ndarray:
         """float64 [len(positions)]: what the last step measured, NaN where that may be out of date."""
         self._steps += 1
         if self._steps % REMEASURE_EVERY == 0:
             self._norms.fill_(torch.nan)
-        return self._still_valid(positions, parameters)
+        return self._still_valid(positions, parameters, pointers)
 
-    def _still_valid(self, positions: np.ndarray, parameters: Sequence[torch.Tensor]) -> torch.Tensor | np.ndarray:
+    def _still_valid(
+        self, positions: np.ndarray, parameters: Sequence[torch.Tensor], pointers: list[int]
+    ) -> torch.Tensor | np.ndarray:
         same = self._versions[positions] == [parameter._version for parameter in parameters]
-        same &= self._pointers[positions] == [parameter.data_ptr() for parameter in parameters]
+        same &= self._pointers[positions] == pointers
         if self._host_norms is not None:
             return np.where(same, self._host_norms[positions], np.nan)
         carried = self._norms[host_index(positions, self._norms.device)]

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from jointspar import ops
-from jointspar.comm.transport import Pending, Transport, check_buffer
+from jointspar.comm.transport import Pending, Transport, check_buffer, failing
 from jointspar.step.exchange.interface import Slices
 from jointspar.step.exchange.scratch import Scratch
 
@@ -41,11 +41,8 @@ def ring(
     check_buffer(packed)
     if transport.world_size == 1 or packed.numel() == 0:
         return
-    try:
+    with failing(transport, what):  # an interrupt between two waits also leaves messages under way
         _Ring(transport, packed, what, scratch or Scratch(), segment_bytes).run()
-    except BaseException as error:  # an interrupt between two waits also leaves messages under way
-        transport.fail(f"{what} was left by {type(error).__name__}")
-        raise
 
 
 class _Ring:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from jointspar import ops
-from jointspar.comm.transport import Pending, Transport, check_buffer
+from jointspar.comm.transport import Pending, Transport, check_buffer, failing
 from jointspar.step.exchange.interface import Slices
 from jointspar.step.exchange.scratch import Scratch
 from jointspar.step.exchange.segments import Segment, partition
@@ -51,11 +51,8 @@ def two_shot(
         raise ValueError(f"slices are not of {packed.numel()} elements and {transport.world_size} ranks")
     if transport.world_size == 1 or packed.numel() == 0:
         return
-    try:
+    with failing(transport, what):  # an interrupt between two waits also leaves messages under way
         _TwoShot(transport, packed, what, slices, scratch or Scratch(), segment_bytes).run()
-    except BaseException as error:  # an interrupt between two waits also leaves messages under way
-        transport.fail(f"{what} was left by {type(error).__name__}")
-        raise
 
 
 def _add_up(parts: list[Part]) -> None:
