@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, one after the other in one fresh process."""
+"""Every Python block of README.md and USAGE.md runs, one after the other in one fresh process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+README, USAGE = ROOT / "README.md", ROOT / "USAGE.md"
 
 
 def python_blocks(text: str) -> list[str]:
@@ -24,10 +24,10 @@ def test_python_blocks_are_found() -> None:
 
 @pytest.mark.skipif(not README.exists(), reason="there is no README.md")
 def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    blocks = python_blocks(README.read_text())
-    assert blocks, "README.md shows no Python"
+    blocks = [python_blocks(path.read_text()) for path in (README, USAGE)]
+    assert all(blocks), "one of them shows no Python"
     script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks))
+    script.write_text("\n".join(block for of_file in blocks for block in of_file))
     search_path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, str(script)],
