@@ -20,6 +20,7 @@ import numpy as np
 
 from alternate import spread
 from jointspar import __version__
+from jointspar.files import write_atomically
 from jointspar.training.circumstances import commit
 from limits import compiler
 from operation import Case, Traffic, Variant
@@ -115,9 +116,7 @@ def save(record: Record, cells: Sequence[Cell], folder: Path, name: str) -> Path
     name = f"{record['date'][:10]}-{name}"
     paths = (folder / f"{name}{'' if number == 1 else f'-{number}'}.json" for number in count(1))
     path = next(path for path in paths if not path.exists() or _may_replace(path, record))
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps({**record, "cells": cells}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps({**record, "cells": cells}, indent=1) + "\n")
     return path
 
 

@@ -61,6 +61,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of these names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+    return str(value)
+
+
 def check_kind(name: str, value: object, expected: str, is_right: bool) -> None:
     """Raises TypeError, naming the argument, where it is not what was expected."""
     if not is_right:

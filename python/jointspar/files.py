@@ -19,6 +19,17 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file in one move: a reader sees the old or the new content, never half, on a full disk too."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

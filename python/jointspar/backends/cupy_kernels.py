@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import cupy
 
 from jointspar.errors import JointSparError
+from jointspar.files import write_atomically
 
 THREADS_PER_BLOCK = 256  # kThreadsPerBlock of common/device_chunks.h
 _FOLDERS = ("common", "cuda", "include")  # of csrc
@@ -113,11 +113,12 @@ def compiled(kernel: Kernel, compute_capability: str) -> tuple[str, bytes]:
     try:
         name, code = cached.read_bytes().split(b"\n", 1)
         return name.decode(), code
-    except (OSError, ValueError):  # not there, or cut short
+    except (OSError, ValueError):  # not there, or of no use
         pass
     lowered_name, code = compile_kernel(kernel, compute_capability)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-        _write_whole(cached, lowered_name.encode() + b"\n" + code)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, lowered_name.encode() + b"\n" + code)
     return lowered_name, code
 
 
@@ -144,16 +145,3 @@ def _digest_of_sources() -> str:
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(sources())} {len(content)}\n".encode() + content)
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """So that another process sees all of the file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

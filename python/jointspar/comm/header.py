@@ -37,6 +37,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import numpy as np
 import torch
 
+from jointspar.comm.differences import differing_layers, differing_ranks, differing_settings
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import NUM_FIXED, Op, Wish, describe, different_heads, new_header, reserve_words
 from jointspar.comm.transport import PEER_GRACE_SECONDS, PendingHeaders, Transport
@@ -45,7 +46,6 @@ from jointspar.errors import DesyncError, JointSparError, RanksLost
 _MAX_SETTINGS = 64
 _MAX_LISTED_LAYERS = 4096
 _ALL_WISHES = Wish.STOP | Wish.LAST_BATCH | Wish.EXCHANGE_ANEW
-_MAX_NAMED = 3  # differing layers that a message names
 
 # Words of a hello after its head.
 _WORLD_SIZE, _NUM_LAYERS, _LAYERS, _ALWAYS, _SETTINGS_HELLO, _NUM_VALUES = range(4, 10)
@@ -199,8 +199,8 @@ class Agreement:
         """
         rows = self.go(Op.CHECK, step=step, values=digests.view(np.float64)).view(np.int64)
         num_layers = len(self._layer_names)
-        texts = self._differing_layers(np.full(len(rows), num_layers), rows[:, :num_layers])
-        ranks = _differing_ranks(rows[:, num_layers])
+        texts = differing_layers(np.full(len(rows), num_layers), rows[:, :num_layers], self._layer_names)
+        ranks = differing_ranks(rows[:, num_layers])
         texts += [f"the always-active parameters differ: {ranks} against rank 0"] if ranks else []
         if texts:
             self._fail(f"{describe(Op.CHECK, step)}: " + "; ".join(texts))
@@ -246,7 +246,7 @@ class Agreement:
 
     def _compare(self, rows: np.ndarray, what: str, hash_differs: str) -> None:
         """Raise DesyncError for the first kind of difference, in the same way on all ranks."""
-        if (rows[:, :_WISHES] == rows[0, :_WISHES]).all():  # nearly always: a head and all words below
+        if (rows[:, :_WISHES] == rows[0, :_WISHES]).all():  # nearly always; one row then stands for all
             self._check_heads(rows[:1])
             return
         self._check_heads(rows)
@@ -258,7 +258,7 @@ class Agreement:
             _DTYPE: "the dtypes differ",
         }
         for word, text in differences.items():
-            ranks = _differing_ranks(rows[:, word])
+            ranks = differing_ranks(rows[:, word])
             if ranks:
                 self._fail(f"{what}: {text}: {ranks} against rank 0")
 
@@ -284,35 +284,12 @@ class Agreement:
             words[2 * k : 2 * k + 2] = stable_hash(name), stable_hash(self._settings[name])
         words[2 * _MAX_SETTINGS :][: len(self._layer_hashes)] = self._layer_hashes[:num_listed]
         rows = self._transport.start_headers(words, what="explaining a difference").wait()
-        texts = self._differing_settings(rows[:, : 2 * _MAX_SETTINGS])
-        texts += self._differing_layers(hellos[:, _NUM_LAYERS], rows[:, 2 * _MAX_SETTINGS :])
+        texts = differing_settings(rows[:, : 2 * _MAX_SETTINGS], self._settings)
+        texts += differing_layers(hellos[:, _NUM_LAYERS], rows[:, 2 * _MAX_SETTINGS :], self._layer_names)
         for word, text in ((_ALWAYS, "the always-active parameters differ"), (_NUM_VALUES, "num_values differs")):
-            ranks = _differing_ranks(hellos[:, word])
+            ranks = differing_ranks(hellos[:, word])
             texts += [f"{text}: {ranks} against rank 0"] if ranks else []
         return texts or ["layouts or settings differ"]
-
-    def _differing_settings(self, rows: np.ndarray) -> list[str]:
-        tables = [{int(name): int(value) for name, value in row.reshape(-1, 2) if name} for row in rows]
-        names = {stable_hash(name): name for name in self._settings}
-        texts = []
-        for key in sorted(set().union(*tables)):
-            ranks = _differing_ranks(np.array([table.get(key, 0) for table in tables]))
-            if ranks and key in names:
-                name = names[key]
-                texts.append(f"setting '{name}' differs: {ranks} against rank 0 (here {self._settings[name]!r})")
-            elif ranks:
-                texts.append(f"a setting that is missing here differs: {ranks} against rank 0")
-        return texts
-
-    def _differing_layers(self, counts: np.ndarray, hashes: np.ndarray) -> list[str]:
-        texts = []
-        if (counts != counts[0]).any():
-            texts.append("the numbers of layers differ: " + ", ".join(f"rank {r}: {n}" for r, n in enumerate(counts)))
-        differing = np.flatnonzero((hashes != hashes[0]).any(axis=0))
-        for layer in differing[:_MAX_NAMED]:
-            name = f"'{self._layer_names[layer]}'" if layer < len(self._layer_names) else "(not present here)"
-            texts.append(f"layer {layer} {name} differs: {_differing_ranks(hashes[:, layer])} against rank 0")
-        return texts
 
     def _check_heads(self, rows: np.ndarray) -> None:
         difference = different_heads(rows)
@@ -354,9 +331,3 @@ def current_agreement(transport: Transport) -> Agreement:
     if agreement is not None and not agreement._is_over:
         return agreement
     return Agreement(transport, layer_names=[], layer_hashes=[], settings={}, num_values=0)
-
-
-def _differing_ranks(column: np.ndarray) -> str:
-    """Such as "rank 1" or "ranks 1, 3": those whose entry is not rank 0's; empty when all agree."""
-    ranks = np.flatnonzero(column != column[0])
-    return ("rank " if ranks.size == 1 else "ranks ") + ", ".join(map(str, ranks)) if ranks.size else ""

@@ -16,6 +16,7 @@ from jointspar.arguments import (
     flags,
     like,
     number,
+    one_of,
     vector,
     whole_number,
 )
@@ -72,8 +73,8 @@ def sample_layers(
         step=whole_number("step", step, 0, 2**32 - 1),
         rank=whole_number("rank", rank, 0, world_size - 1),
         world_size=world_size,
-        strategy=_one_of("strategy", strategy, STRATEGIES),
-        draw=_one_of("draw", draw, DRAWS),
+        strategy=one_of("strategy", strategy, STRATEGIES),
+        draw=one_of("draw", draw, DRAWS),
         run_length=None if run_length is None else whole_number("run_length", run_length, 1, 2**32 - 1),
     )
     return copy_to("out", out, active) if out is not None else like(probabilities, active)
@@ -187,9 +188,3 @@ def _feasible(budget: Any, p_min: Any, num_layers: int) -> tuple[float, float]:
     if budget < p_min * num_layers - tolerance:
         raise ValueError(f"budget: {budget} is less than p_min * num_layers = {p_min * num_layers}")
     return budget, p_min
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-    return str(value)

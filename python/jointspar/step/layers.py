@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from jointspar.arguments import one_of
+
 GROUPINGS = ("module", "tensor")
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)(?=\.)")
 _PARAMETRIZED = re.compile(r"\.?parametrizations\.[^.]+$")
@@ -135,8 +137,7 @@ def group_layers(named_parameters: Iterable[tuple[str, torch.Tensor]], grouping:
 
     Raises ValueError for an unknown grouping, no parameters, or a parameter that is not dense floating point.
     """
-    if grouping not in GROUPINGS:
-        raise ValueError(f"grouping: {grouping!r} is not one of {', '.join(GROUPINGS)}")
+    one_of("grouping", grouping, GROUPINGS)
     names, parameters = _clean_names(named_parameters)
     if not parameters:
         raise ValueError("params: no parameters to optimize")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jointspar.files import write_atomically
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE, CHECKPOINT_FOLDER = "metrics.jsonl", "summary.json", "curves.png", "checkpoint"
 
@@ -110,17 +111,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_summary(path: Path, summary: Summary) -> None:
     write_atomically(path, json.dumps(json_safe(asdict(summary)), indent=2) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file in one move: a reader sees the old or the new content, never half, on a full disk too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from jointspar.arguments import one_of
 from jointspar.comm.transport import Transport
 from jointspar.errors import warn_user
 from jointspar.step.exchange.allreduce import allreduce
@@ -31,8 +32,7 @@ def candidates(name: str, transport: Transport, dtype: torch.dtype, *, is_partia
     Simulated ranks have no link to measure: there "auto" is the transport's own collective.
     Raises ValueError for an unknown name, or for "allreduce" with a dtype that the transport cannot sum.
     """
-    if name not in NAMES:
-        raise ValueError(f"exchange: {name!r} is not one of {', '.join(NAMES)}")
+    one_of("exchange", name, NAMES)
     can_sum = transport.can_allreduce(dtype)
     if name == "allreduce" and not can_sum:
         raise ValueError(f"{transport.name} cannot sum {dtype}: use exchange='ring' or 'two_shot'")

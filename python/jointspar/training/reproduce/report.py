@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jointspar.training.records import write_atomically
+from jointspar.files import write_atomically
 from jointspar.training.reproduce import figures
 from jointspar.training.reproduce.experiments import FIGURES_FOLDER
 from jointspar.training.reproduce.results import columns, table

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jointspar.files import write_atomically
 from jointspar.training.data.properties import PROPERTIES
 from jointspar.training.records import (
     METRICS_FILE,
@@ -17,7 +18,6 @@ from jointspar.training.records import (
     read_metrics,
     readable_bytes,
     text_table,
-    write_atomically,
 )
 from jointspar.training.reproduce.experiments import Experiment, ExperimentList
 from jointspar.training.reproduce.runs import RUN_FILE, Run, RunError, runs_of

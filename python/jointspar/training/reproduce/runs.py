@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jointspar.files import write_atomically
 from jointspar.training.circumstances import circumstances
 from jointspar.training.config import TrainConfig, flag
 from jointspar.training.data.datasets import DATA_ROOT_VARIABLE, DatasetError, load_dataset
 from jointspar.training.launch import find_launcher, train_command
-from jointspar.training.records import SUMMARY_FILE, has_checkpoint, remove_run, write_atomically
+from jointspar.training.records import SUMMARY_FILE, has_checkpoint, remove_run
 from jointspar.training.reproduce.experiments import Experiment, ExperimentList, folder_name
 from jointspar.training.reproduce.process import alone_in, follow
 from jointspar.training.setup import check_settings
