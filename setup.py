@@ -55,7 +55,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext is not self.extensions[0]:
             return  # built with the first, where a CUDA compiler was found
-        Path(self.get_ext_fullpath("jointspar_ext._cuda")).unlink(missing_ok=True)  # of a build with other settings
+        for module in self.extensions:  # of a build with other settings
+            Path(self.get_ext_fullpath(module.name)).unlink(missing_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(os.environ.get("JOINTSPAR_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         build_dir.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = sorted(filter(exists, items), key=place)
 
 
+_TOGETHER = ("app/test_loop.py", "cuda/test_build.py", "unit/test_cupy_jit.py")  # for their fixtures
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One folder's tests that start jobs of several ranks go to one worker, since such a job fills the machine.
@@ -58,7 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             function, names = test.partition("[")[0], _tests_with_jobs(config.rootpath / path)
             if names is None or function in names:
                 return path.rpartition("/")[0]
-            return path if path.endswith(("app/test_loop.py", "unit/test_cupy_jit.py")) else f"{path}::{function}"
+            return path if path.endswith(_TOGETHER) else f"{path}::{function}"
 
     config.option.loadscopereorder = False  # the order of `pytest_collection_modifyitems` holds
     return JobsTogether(config, log)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from jointspar import comm as comm_module
-from jointspar.arguments import check_kind, whole_number
+from jointspar.arguments import check_kind, one_of, whole_number
 from jointspar.comm.heads import Op, Wish
 from jointspar.comm.transport import Transport
 from jointspar.device_arrays import refuse_capture
@@ -52,8 +52,7 @@ class JointSparOptimizer(SavedOptimizer):
         overlap: bool,
     ) -> None:
         check_every = whole_number("check_every", check_every, 0, 2**62)
-        if not isinstance(inactive, str) or inactive not in INACTIVE:
-            raise ValueError(f"inactive: {inactive!r} is not one of {', '.join(INACTIVE)}")
+        one_of("inactive", inactive, INACTIVE)
         sampling = sampling if sampling is not None else Sampling()
         check_kind("sampling", sampling, "a jointspar.Sampling", isinstance(sampling, Sampling))
         check_kind("comm", comm, "a transport of jointspar.comm", comm is None or hasattr(comm, "start_headers"))

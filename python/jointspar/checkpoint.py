@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,9 +68,7 @@ def save(
     if len(json.dumps(settings, indent=1)) > on_disk.MAX_MANIFEST_BYTES // 2:
         raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
     optimizer.meet(Op.SAVE)
-    if optimizer._run is None:
-        optimizer._run = _new_run(comm)
-    settings["run"] = optimizer._run
+    settings["run"] = optimizer._run = _agreed_run(comm, optimizer._run)
     if comm.rank == 0:
         on_disk.make_partial(partial)
     optimizer.meet(Op.SAVE)  # the folder is there
@@ -113,7 +112,7 @@ def load(
     try:
         momenta = {int(index): {"momentum_buffer": tensor} for index, tensor in _take(shared, "momentum.").items()}
         groups, extra = from_json(manifest["param_groups"]), dict(from_json(manifest["extra"]))
-        run = str(manifest.get("run", ""))  # earlier versions named none
+        run = _checked_run(manifest.get("run", ""))
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
         optimizer.check_state_dict(state)
         torch.Generator().set_state(own["random_state"])
@@ -127,21 +126,29 @@ def load(
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
     optimizer.load_state_dict(state)
+    optimizer._run = run
     if manifest["world_size"] == optimizer.comm.world_size:
         torch.set_rng_state(own["random_state"])
         if (device := _device_of(model)) is not None and "device_random_state" in own:
             torch.cuda.set_rng_state(own["device_random_state"], device)
     else:  # every rank read rank 0's; alike on all ranks, dropout and augmentation would be the same on all
         torch.manual_seed(stable_hash([own["random_state"], np.array(optimizer.comm.rank)]))
-    optimizer._run = run
     return extra
 
 
-def _new_run(comm: Transport) -> str:
-    """A name that no other run has, the same on all ranks. Collective."""
-    number = torch.tensor([secrets.randbits(63)])
-    comm.broadcast(number, 0, what="name of the run")
-    return f"{int(number):016x}"
+def _agreed_run(comm: Transport, run: str | None) -> str:
+    """Rank 0's run, or a new one, which has a name that no other has. Collective."""
+    number = secrets.randbits(63) if run is None else int(run, 16) if run else -1
+    shared = torch.tensor([number])
+    comm.broadcast(shared, 0, what="name of the run")  # at every save: not all ranks may have it
+    return f"{int(shared):016x}" if int(shared) >= 0 else ""
+
+
+def _checked_run(run: str) -> str:
+    """16 hexadecimal digits; none in checkpoints of earlier versions. Raises ValueError or TypeError."""
+    if not re.fullmatch(r"([0-7][0-9a-f]{15})?", run):
+        raise ValueError("its run is malformed")
+    return run
 
 
 def _load_scheduler(scheduler: Any, state: object) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from jointspar.comm.transport import Transport
+from jointspar.comm.transport import Transport, failing
 from jointspar.errors import JointSparError
 from jointspar.gradient_sum import GradientSum
 
@@ -171,14 +171,12 @@ class EarlyExchange:
         self._phase = _Phase.OVER
         work = self._work
         try:
-            if self._thread is None:
-                while work.jobs:
-                    work.run_next()
-            else:
-                self._thread.wait()
-        except BaseException as error:  # an interrupt
-            self._transport.fail(f"an exchange during backward was left by {type(error).__name__}")
-            raise
+            with failing(self._transport, "an exchange during backward"):
+                if self._thread is None:
+                    while work.jobs:
+                        work.run_next()
+                else:
+                    self._thread.wait()
         finally:
             self._transport.lend(None)
         if work.error is not None:

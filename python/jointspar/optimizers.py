@@ -39,7 +39,8 @@ class JointSparLARS(JointSparOptimizer):
     `load_state_dict(assign=True)`; to swap parameters (`torch.__future__.set_swap_module_params_on_conversion`) is not
     possible while it lives. Write weights on all ranks or on none, also an average that is swapped in and out: LARS
     measures the norms of what was written again, which on a GPU may round otherwise than on ranks that carry theirs.
-    All ranks are to have like processors and libraries: learnt probabilities come of logarithms.
+    All ranks need the same kind of processor and libraries: learnt probabilities are made with logarithms, whose last
+    bits may differ, which is a DesyncError.
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.
@@ -49,7 +50,7 @@ class JointSparLARS(JointSparOptimizer):
             nesterov may differ by group. The host reads them: one in a CUDA tensor has every step wait for the device.
         adapt_vectors: also adapt and decay tensors of one dimension (biases, normalisation); per group.
         inactive: a layer that no rank computed is left alone ("skip"), or momentum and weight decay go on ("decay"),
-            the latter at `lr` itself: with LARS that is more than in an active step by 1 / its local rate.
+            at `lr` itself; with LARS weight decay is then 1 / local rate times that of an active step.
         sampling: see `Sampling`.
         comm: transport of the ranks; default `jointspar.comm.world()`.
         wire_dtype: dtype of the exchanged buffer; default float32 (float64 when a parameter is float64).
@@ -109,7 +110,8 @@ class JointSparSGD(JointSparOptimizer):
 
     The expected gradient is the dense mean gradient. The expected step is the dense step with inactive="decay", or
     where some rank computes each layer in every step (strategy="stratified" and no probability below 1 / world_size, as
-    by default); otherwise momentum and weight decay act only in those steps in which a layer is computed.
+    by default where the budget is at least that fraction); otherwise momentum and weight decay act only in those steps
+    in which a layer is computed.
 
     Arguments as `JointSparLARS`, without those of LARS itself (trust_coefficient, eps, adapt_vectors).
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointspar import ops
+from jointspar import backends, ops
 from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import Agreement
 from jointspar.comm.heads import Op
@@ -65,7 +65,7 @@ class Pipeline:
         settings["exchange"] = exchange if isinstance(exchange, str) else exchange.agreed()
         settings["check_every"], settings["overlap"] = check_every, overlap
         settings["device"] = layers.parameters[0].device.type
-        settings["backend"] = ops.backend().__name__.rpartition(".")[2]  # each rounds in its own way
+        settings["backend"] = backends.name_of(ops.backend())  # of host arrays; each rounds in its own way
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
         self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers(), comm.world_size)
@@ -250,6 +250,7 @@ class Pipeline:
         """That part of a state that meets nobody: where training is, what was learned, and what is trained."""
         self.distribution.load_state_dict(state["distribution"])
         self.backward.trainable[:] = np.asarray(state["trainable"])
+        self.backward.trainable_before[:] = np.asarray(state.get("trainable_before", state["trainable"]))
         self.step_count = int(state["step"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 

@@ -101,3 +101,20 @@ def test_two_openmp_runtimes_are_told_apart() -> None:
 7f07-7f08 rw-p 00000000 00:00 0
 """
     assert doctor.mapped_openmp_runtimes(maps) == ["libgomp-e985bcbb.so.1.0.0", "libgomp.so.1"]
+
+
+@pytest.mark.parametrize(
+    ("threads", "sharing", "advice"), [("", 1, None), ("8", 1, "OMP_NUM_THREADS"), ("3", 2, "OMP_NUM_THREADS")]
+)
+def test_threads_are_counted_on_the_cores_that_ranks_share(
+    monkeypatch: pytest.MonkeyPatch, threads: str, sharing: int, advice: str | None
+) -> None:
+    """One of two ranks, which are bound to four cores each, or both to the same four."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 4)
+    monkeypatch.setattr(doctor, "local_ranks", lambda: 2)
+    monkeypatch.setattr(doctor, "ranks_on_these_cores", lambda: sharing)
+    monkeypatch.setattr(doctor, "threads_per_rank", lambda: int(threads or 4 // sharing))
+    (finding,) = doctor._check_threads()
+    assert finding.level == ("note" if advice else "ok")
+    assert advice is None or advice in finding.advice

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +14,7 @@ from jointspar.training.launch import ending_signals_raise, launcher_rank, local
 
 
 def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_cores_of", lambda process: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "4")
     assert threads_per_rank() == 2
@@ -23,24 +25,40 @@ def test_threads_are_the_ranks_share_of_the_cores_unless_told(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("own", "launchers", "expected"),
-    [(4, 8, 4), (1, 8, 1), (8, 8, 4), (8, 4, 4), (6, 8, 4)],
-    ids=["bound to its half", "to one core", "not bound", "by a bound launcher", "to more than its half"],
+    ("cores", "expected"),
+    [
+        (["0-3", "4-7"], 4),
+        (["0", "1"], 1),
+        (["0-7", "0-7"], 4),
+        (["0-3", "0-3", "4-7", "4-7"], 2),
+        (["0-7"], 4),
+    ],
+    ids=["bound to its half", "to one core", "not bound", "two by two", "a sibling that cannot be seen"],
 )
-def test_a_rank_that_was_bound_has_its_cores_to_itself(own, launchers, expected, monkeypatch):
-    monkeypatch.setattr(launch, "_cores_of", {0: own, os.getppid(): launchers}.__getitem__)
+def test_a_rank_has_the_cores_that_it_is_bound_to(cores: list[str], expected: int, monkeypatch) -> None:
+    """This process is the first of the launcher's children."""
+    ranges = [range(int(each.split("-")[0]), int(each.split("-")[-1]) + 1) for each in cores]
+    masks = {1000 + number: set(each) for number, each in enumerate(ranges)}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: masks.get(pid, masks[1000]))
+    monkeypatch.setattr(launch, "_children_of", lambda process: list(masks))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "2")
+    monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], str(max(2, len(cores))))
     assert threads_per_rank() == expected
 
 
-def test_a_launcher_that_has_gone_leaves_this_process_its_own_cores(monkeypatch):
-    def cores_of(process):
-        if process:
-            raise ProcessLookupError
-        return 8
+def test_the_children_of_a_process_are_seen() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in launch._children_of(os.getpid())
+        child.communicate(b"\n")
 
-    monkeypatch.setattr(launch, "_cores_of", cores_of)
+
+def test_where_the_launcher_has_gone_the_cores_are_shared_by_all(monkeypatch) -> None:
+    def affinity(pid: int) -> set[int]:
+        if pid:
+            raise ProcessLookupError
+        return set(range(8))
+
+    monkeypatch.setattr(os, "sched_getaffinity", affinity)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv(launch.LOCAL_SIZE_VARIABLES[0], "2")
     assert threads_per_rank() == 4

@@ -69,7 +69,7 @@ def _skipped(numbers: Numbers, comm: Transport, damage: Callable[[torch.Tensor, 
     Every layer on every rank with every exchange, one after the other.
     """
     exchange, layer = EXCHANGES[numbers.number % len(EXCHANGES)], numbers.number % NUM_LAYERS
-    faulty = numbers.number // (len(EXCHANGES) * NUM_LAYERS) % comm.world_size
+    faulty = (numbers.number + numbers.number // (len(EXCHANGES) * NUM_LAYERS)) % comm.world_size
     wires = [None, "float16", "bfloat16"] if exchange != "allreduce" else [None]
     model = build_model()
     optimizer = build_optimizer(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -57,6 +59,17 @@ def test_what_was_not_compiled_or_installed_is_no_reason_to_warn(monkeypatch: py
     cannot_import(monkeypatch, failures)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert backends.name_of(backends.choose()) == "reference"
+
+
+@pytest.mark.parametrize("found", [None, ModuleSpec("jointspar_ext", None)], ids=["nothing", "a folder of sources"])
+def test_an_installation_that_looks_for_compiled_modules_where_they_were_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, found: ModuleSpec | None
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    failures = {"jointspar.backends.native": missing("jointspar_ext._core")}
+    cannot_import(monkeypatch, {**failures, "jointspar.backends.numba_cpu": missing("numba")})
+    with pytest.warns(RuntimeWarning, match="'native' does not load"):
         assert backends.name_of(backends.choose()) == "reference"
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import jointspar as js
 from jointspar import checkpoint, checkpoint_files
+from jointspar.comm import run_simulated
 from jointspar.errors import CheckpointError
 
 
@@ -273,9 +274,23 @@ def test_after_a_restart_a_run_goes_on_in_all_its_directories(tmp_path):
             js.checkpoint.save(tmp_path / name, model=other, optimizer=other_optimizer)
 
 
+@pytest.mark.parametrize("behind", [0, 1])
+def test_ranks_of_which_one_has_missed_the_name_of_the_run_agree_again(tmp_path, behind):
+    """As where the loss of a rank ended the first save."""
+
+    def use(transport):
+        model, optimizer, _ = make()
+        optimizer._run = None if transport.rank == behind else f"{1:016x}"
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+        return optimizer._run, json.loads((folder / "manifest.json").read_text())["run"]
+
+    names = run_simulated(2, use)
+    assert len({*names[0], *names[1]}) == 1 and (names[0][0] == f"{1:016x}") == (behind == 1)
+
+
 def test_a_run_that_began_before_runs_had_names_goes_on(tmp_path, monkeypatch):
     model, optimizer, scheduler = make()
-    monkeypatch.setattr(checkpoint, "_new_run", lambda comm: "")
+    monkeypatch.setattr(checkpoint, "_agreed_run", lambda comm, run: "")
     write = checkpoint_files.write_manifest
 
     def write_without(folder, world_size, step, settings):

@@ -48,7 +48,7 @@ def test_without_a_device_nothing_is_tried(monkeypatch):
         (0, '{"says": false}\n', "", False, "built without CUDA"),
         (0, '{"says": null}\n', "", False, "no way to ask"),
         (1, "", "ImportError: libmpi\n", False, "does not start"),
-        (0, 'noise\n{"says": false}\n', "", False, "built without CUDA"),
+        (0, 'noise\n{"says": false}\n{noise}\n', "", False, "built without CUDA"),
     ],
 )
 def test_every_outcome_of_a_trial_has_its_verdict(monkeypatch, returncode, stdout, stderr, is_usable, reason):

@@ -77,7 +77,7 @@ def test_settings_out_of_range_are_refused_by_name(settings, name):
 
 
 @pytest.mark.parametrize("name", ["lag", "dense_steps", "seed"])
-def test_counts_that_are_none_are_refused_by_name(name):
+def test_what_is_no_count_is_refused_by_name(name):
     for value in (1.5, True, "1", None):
         with pytest.raises(TypeError, match=name):
             Sampling(**{name: value})

@@ -7,6 +7,7 @@ installed, `numba` compiles itself at its first use, `reference` is the readable
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 from typing import Any
@@ -84,10 +85,16 @@ def has_device_backend(name: str) -> bool:
 
 def _warn_if_broken(name: str, error: ImportError) -> None:
     """Once, where a backend is there and does not load: what takes its place is slower."""
-    is_missing = isinstance(error, ModuleNotFoundError) and error.name in _MAY_BE_MISSING
+    is_missing = isinstance(error, ModuleNotFoundError) and error.name in _MAY_BE_MISSING and _has_own_package()
     if not is_missing and name not in _warned:
         _warned.add(name)
         warn_user(f"the backend {name!r} does not load, another is used: {error}", RuntimeWarning)
+
+
+def _has_own_package() -> bool:
+    """False in an editable installation of before that package moved: it finds a folder of sources, or nothing."""
+    found = importlib.util.find_spec("jointspar_ext")
+    return found is not None and found.origin is not None
 
 
 def _import(module: str) -> ModuleType:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -104,8 +105,12 @@ def run_alone(code: str) -> subprocess.CompletedProcess[str]:
 
 def last_json(stdout: str) -> dict[str, Any]:
     """The last JSON object that a process printed in a line; MPI libraries print lines of their own."""
-    lines = [line for line in stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {}
+    for line in reversed(stdout.splitlines()):
+        if line.startswith("{"):
+            with suppress(ValueError):
+                found: dict[str, Any] = json.loads(line)
+                return found
+    return {}
 
 
 def _judge(returncode: int, stdout: str, stderr: str) -> Verdict:

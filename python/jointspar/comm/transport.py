@@ -108,7 +108,7 @@ class _CanFail(Protocol):
 
 @contextmanager
 def failing(transport: _CanFail, what: str) -> Iterator[None]:
-    """Around what leaves the transport unusable where any exception leaves it, an interrupt between two waits too."""
+    """Fail the transport where any exception ends the block, an interrupt between two waits too."""
     try:
         yield
     except BaseException as error:

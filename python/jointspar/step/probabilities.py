@@ -127,7 +127,7 @@ class LayerDistribution:
         if not inside.any():
             return
         is_own = chance == probabilities_then
-        cubes_root = np.where(is_own, chance, np.cbrt(np.square(probabilities_then) * chance))
+        cube_root = np.where(is_own, chance, np.cbrt(np.square(probabilities_then) * chance))
         self.probabilities[inside], self.gradient_bound = ops.update_probabilities(
             self.probabilities[inside],
             squared_norms[inside],
@@ -137,7 +137,7 @@ class LayerDistribution:
             p_min=self._p_min,
             bandit_lr=self._sampling.bandit_step,
             shift=self._sampling.shift,
-            drawn_probabilities=np.where(seen, cubes_root, 1.0)[inside],  # read where seen
+            drawn_probabilities=np.where(seen, cube_root, 1.0)[inside],  # read where seen
         )
 
     def _update_by_norm(self, squared_norms: np.ndarray, seen: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jointspar import ops
-from jointspar.arguments import flag, whole_number
+from jointspar.arguments import flag, one_of, whole_number
 
 _BANDIT_LR = 0.05
 DISTRIBUTIONS = ("bandit", "norm", "uniform")
@@ -21,10 +21,10 @@ class Sampling:
 
     Args:
         budget: expected number of active layers; an int is a count, a float <= 1 a fraction of the sampled layers.
-        p_min: smallest probability; None: min(0.1, share / 2.5), where share is the budget's a layer, but with
-            distribution="norm" and one draw for all ranks at least 1 / world_size ("stratified", where some rank then
-            computes each layer in every step) or 1 ("shared"), or the share where that is less: then all layers have
-            the same probability, and there is nothing to learn (one rank, two at budget 0.5, "shared" always).
+        p_min: smallest probability; None: min(0.1, share / 2.5), share being the budget over the number of layers,
+            but with distribution="norm" and one draw for all ranks at least 1 / world_size ("stratified", where some
+            rank then computes each layer in every step) or 1 ("shared"), or the share where that is less: then all
+            layers have the same probability, and nothing is learnt (one rank, two at budget 0.5, "shared" always).
         strategy: "independent" (the paper: every rank its own distribution and draw), "stratified" (one distribution,
             one draw rotated over the ranks) or "shared" (one distribution, one set for all ranks).
         draw: "systematic" (floor or ceil of budget layers each time, of nearly equal size in all) or "bernoulli" (the
@@ -60,10 +60,10 @@ class Sampling:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), np.generic):
                 object.__setattr__(self, field.name, value.item())
-        _check_choice("strategy", self.strategy, ops.STRATEGIES)
-        _check_choice("draw", self.draw, ops.DRAWS)
-        _check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        _check_choice("grouping", self.grouping, ("module", "tensor"))
+        one_of("strategy", self.strategy, ops.STRATEGIES)
+        one_of("draw", self.draw, ops.DRAWS)
+        one_of("distribution", self.distribution, DISTRIBUTIONS)
+        one_of("grouping", self.grouping, ("module", "tensor"))
         if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
             raise TypeError(f"budget: expected a count (int) or a fraction (float), got {self.budget!r}")
         if isinstance(self.budget, float) and not 0.0 < self.budget <= 1.0:
@@ -77,7 +77,7 @@ class Sampling:
         if not (self.bandit_step >= 0.0 and np.isfinite(self.bandit_step)):
             raise ValueError(f"bandit_lr: {self.bandit_lr} is not finite and at least 0")
         if flag("shift", self.shift) and (self.strategy == "stratified" or self.dense_steps):
-            raise ValueError("shift: is for strategy='independent' or 'shared' without dense_steps: observed as drawn")
+            raise ValueError("shift: is for strategy='independent' or 'shared' without dense_steps")
         whole_number("lag", self.lag, 0, 1)
         whole_number("dense_steps", self.dense_steps, 0, 2**62)
         whole_number("seed", self.seed, 0, 2**64 - 1)
@@ -163,11 +163,6 @@ def draw_layers(
         run_length=run_length if sampling.draw == "systematic" else None,
     )
     return active
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -233,7 +233,8 @@ class TrainConfig:
                 raise ValueError(f"{flag(name)} acts only with --distribution bandit: add that, or leave it out")
         if self.shift and (self.strategy in (None, "stratified") or self.dense_epochs):
             raise ValueError(
-                "--shift is for --strategy independent or shared without --dense-epochs: add one, or leave --shift out"
+                "--shift is for --strategy independent or shared, and not with --dense-epochs: change these, or leave "
+                "--shift out"
             )
         if self.lr is not None and self.base_lr is not None:
             raise ValueError(

@@ -20,7 +20,7 @@ from jointspar.comm import cuda_mpi
 from jointspar.training.config import DATASETS
 from jointspar.training.data.datasets import DatasetError, load_dataset, remedy
 from jointspar.training.data.properties import PROPERTIES
-from jointspar.training.launch import find_launcher, local_ranks, threads_per_rank, usable_cores
+from jointspar.training.launch import find_launcher, local_ranks, ranks_on_these_cores, threads_per_rank, usable_cores
 
 _OPENMP_LIBRARY = re.compile(r"/(lib(gomp|iomp5|omp)[^/]*\.so[^/]*)$")
 
@@ -105,12 +105,13 @@ def mapped_openmp_runtimes(maps: str) -> list[str]:
 
 
 def _check_threads() -> Iterator[Finding]:
-    cores, ranks, threads = usable_cores(), local_ranks(), threads_per_rank()
+    cores, ranks, threads, sharing = usable_cores(), local_ranks(), threads_per_rank(), ranks_on_these_cores()
     text = f"{threads} per rank for {ranks} rank(s) on {cores} core(s)"
     if os.environ.get("OMP_NUM_THREADS"):
         text += f" (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})"
-    if threads * ranks > cores:
-        yield Finding("note", "threads", text, "more threads than cores: unset OMP_NUM_THREADS or lower it")
+    if threads * sharing > cores:
+        what = "unset OMP_NUM_THREADS or lower it" if os.environ.get("OMP_NUM_THREADS") else "start fewer ranks here"
+        yield Finding("note", "threads", text, f"more threads than cores: {what}")
     else:
         text += "; `jointspar train` divides the cores among the ranks that its launcher starts on this host"
         yield Finding("ok", "threads", text)

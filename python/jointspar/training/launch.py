@@ -67,24 +67,31 @@ def threads_per_rank() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
-    return max(1, min(usable_cores(), _launchers_cores() // local_ranks()))
+    return max(1, usable_cores() // ranks_on_these_cores())
 
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return _cores_of(0)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _launchers_cores() -> int:
-    """Cores of all ranks on this host: a launcher may bind each rank to some, but not itself."""
+def ranks_on_these_cores() -> int:
+    """Ranks on this host that may run on the same cores: a launcher may bind each to some of its own.
+
+    All of them where the launcher's other children cannot be seen.
+    """
+    num_ranks = local_ranks()
     try:
-        return max(usable_cores(), _cores_of(os.getppid()))
-    except OSError:  # it has gone
-        return usable_cores()
+        cores = [os.sched_getaffinity(child) for child in _children_of(os.getppid())]
+        is_alike = [each == os.sched_getaffinity(0) for each in cores]
+    except (OSError, AttributeError):  # one has gone, or is another user's; no Linux
+        return num_ranks
+    return num_ranks if len(cores) < num_ranks else min(num_ranks, max(1, sum(is_alike)))
 
 
-def _cores_of(process: int) -> int:
-    return len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _children_of(process: int) -> list[int]:
+    by_thread = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for path in by_thread for child in path.read_text().split()]
 
 
 def local_ranks() -> int:

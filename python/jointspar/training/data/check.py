@@ -123,6 +123,8 @@ def _examine_shards(folder: Path, properties: DatasetProperties, form: Form, is_
                 chosen = samples if is_full else islice(samples, 1)
                 yield from _decoded((sample.source for sample in chosen), is_quiet=True)
                 num_samples += num_found
+            except MissingError:
+                raise
             except DatasetError as error:
                 yield Finding("damaged", str(error))
         yield _counted(num_samples, properties.split_size(split), f"{len(files)} {split} shards", "samples")
@@ -150,6 +152,8 @@ def _problem(source: Source) -> str:
         name, content = source()
         with open_picture(content, name) as picture:
             picture.load()
+    except MissingError:  # pillow
+        raise
     except DatasetError as error:
         return str(error)
     return ""
