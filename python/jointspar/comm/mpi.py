@@ -24,6 +24,7 @@ from jointspar.comm import cuda_mpi
 from jointspar.comm.device import call_with_deadline, wait_for_stream
 from jointspar.comm.mpi_library import (
     check_running,
+    eager_bytes,
     library_version,
     load_mpi,
     lost_classes,
@@ -40,7 +41,6 @@ _MAX_CHUNK = 2**30  # elements or bytes of one MPI call: counts are C ints
 _SPIN_SECONDS = 0.002  # polling without sleep: covers a message on its way, not a peer that still computes
 _LONGEST_SLEEP = 2e-4  # between polls later on: MPI makes progress only inside them
 _BACKGROUND_SLEEP = 2e-3  # between polls while this process computes: each takes some of its time
-_OPEN_MPI_EAGER_BYTES = 60 * 1024  # over TCP its limit is 64 KiB with headers (btl_tcp_eager_limit)
 _FINALIZE_SECONDS = 20.0
 _NO_END = "rank {}: all is done, but MPI does not end"
 _DROP_SECONDS = 1.0  # for what other ranks' revoking ends, too
@@ -69,8 +69,7 @@ class MpiTransport(ProcessTransport):
             torch.float64: mpi_module.DOUBLE,
             torch.int64: mpi_module.INT64_T,
         }
-        if "Open MPI" in self.name:  # the answer shares a connection with the data of the other direction
-            self.eager_bytes = _OPEN_MPI_EAGER_BYTES
+        self.eager_bytes = eager_bytes(mpi_module)
         try:
             with failing(self, "start"):
                 self._headers, self._payload = self._duplicate(communicator), self._duplicate(communicator)
