@@ -14,6 +14,7 @@ from jointspar.errors import JointSparError
 # other direction. Its own limit of 64 KiB costs the processor as much as the link needs at 1 Gbit/s on four hosts.
 _EAGER_VARIABLE = "OMPI_MCA_btl_tcp_eager_limit"
 _EAGER_BYTES, _OWN_EAGER_BYTES, _ENVELOPE_BYTES = 2**20, 2**16, 2**12
+_SHORT_BYTES = 2**18  # few enough calls at 1 Gbit/s; longer messages to several hosts wait for each other at 0.3
 _SHRINK_VARIABLE = "OMPI_MCA_mpi_ft_enable"  # set by `mpirun --with-ft ulfm`
 
 
@@ -41,11 +42,12 @@ def library_version(mpi_module: ModuleType) -> str:
 
 
 def eager_bytes(mpi_module: ModuleType) -> int | None:
-    """The longest message that does not wait for an answer, where that matters: with Open MPI."""
+    """The length of a short message, which does not wait for an answer, where that matters: with Open MPI."""
     if "Open MPI" not in library_version(mpi_module):
         return None
     limit = os.environ.get(_EAGER_VARIABLE, "")
-    return max((int(limit) if limit.isdigit() else _OWN_EAGER_BYTES) - _ENVELOPE_BYTES, _ENVELOPE_BYTES)
+    longest = (int(limit) if limit.isdigit() else _OWN_EAGER_BYTES) - _ENVELOPE_BYTES
+    return min(max(longest, _ENVELOPE_BYTES), _SHORT_BYTES)
 
 
 def is_running(mpi_module: ModuleType) -> bool:
