@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -196,3 +197,12 @@ def test_many_problems_are_counted_and_a_few_shown(
     assert code == 2
     assert output.count("damaged  ") == 20
     assert "90 damaged" in output
+
+
+def test_a_package_that_is_missing_is_no_damage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(("data", "check", "--dataset", "digits")) == 2
+    output = capsys.readouterr().out
+    assert "missing  scikit-learn is not installed" in output and "1 missing" in output

@@ -227,11 +227,19 @@ def test_a_scheduler_with_whole_number_keys_resumes_exactly(tmp_path):
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     model, optimizer, _ = make()
-    with pytest.raises(TypeError, match="object cannot be saved"):
-        js.checkpoint.save(tmp_path / "new", model=model, optimizer=optimizer, extra={"it": object()})
+    for it, kind in ((object(), "object"), (torch.zeros(2), "Tensor")):
+        with pytest.raises(TypeError, match=f"{kind} cannot be saved"):
+            js.checkpoint.save(tmp_path / "new", model=model, optimizer=optimizer, extra={"it": it})
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="keep"):
         js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, keep=0)
+
+
+@pytest.mark.parametrize("extra", [{"__pairs__": 3}, {"a": {"__pairs__": [[1, 2]]}}, {"__counter__": [], "b": 1}])
+def test_extra_comes_back_whatever_its_keys_are(tmp_path, extra):
+    model, optimizer, _ = make()
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, extra=extra)
+    assert js.checkpoint.load(tmp_path, model=model, optimizer=optimizer) == extra
 
 
 def test_a_run_does_not_save_below_the_later_steps_of_another(tmp_path):
