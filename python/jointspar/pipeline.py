@@ -66,6 +66,7 @@ class Pipeline:
         settings["check_every"], settings["overlap"] = check_every, overlap
         settings["device"] = layers.parameters[0].device.type
         settings["backend"] = backends.name_of(ops.backend())  # of host arrays; each rounds in its own way
+        settings["eager_bytes"] = comm.eager_bytes  # ranks cut messages by it
         self.agreement = self._agree(settings)
         self.backward = ActiveBackward(layers.parameters)
         self.distribution = LayerDistribution(sampling, layers.num_layers, self._eligible_layers(), comm.world_size)

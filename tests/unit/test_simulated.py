@@ -133,6 +133,17 @@ def test_ranks_on_different_backends_are_refused(monkeypatch):
         run_simulated(2, build)
 
 
+def test_ranks_whose_short_messages_differ_in_length_are_refused():
+    """As where OMPI_MCA_btl_tcp_eager_limit is set on one host alone: each would cut its messages in its own way."""
+
+    def build(transport):
+        transport.eager_bytes = 1000 + transport.rank
+        js.JointSparLARS(nn.Linear(3, 2).named_parameters())
+
+    with pytest.raises(DesyncError, match="setting 'eager_bytes' differs: rank 1 against rank 0"):
+        run_simulated(2, build)
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_mean_gradient_that_one_rank_spoils_before_the_update_is_skipped_on_all(lag):
     def use(transport):
