@@ -131,6 +131,13 @@ def replace(model: nn.Module, optimizer: Any) -> None:
         parameter.grad = None if parameter.grad is None else parameter.grad * 2
 
 
+def negate(model: nn.Module, optimizer: Any) -> None:
+    """In place, and to the same norm: autograd's count of writes alone tells."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.neg_()
+
+
 def accumulate(model: nn.Module, optimizer: Any) -> None:
     loss_of(model, 99).backward()
 
@@ -150,6 +157,7 @@ def scale(model: nn.Module, optimizer: Any) -> None:
         (unscale, "gradients were changed"),
         (clear, "gradients were changed"),
         (replace, "gradients were changed"),
+        (negate, "gradients were changed"),
         (accumulate, r"a second backward before step\(\); accumulate inside"),
         (set_trainable, "frozen or thawed"),
         (scale, "a GradScaler"),
