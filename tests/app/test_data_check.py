@@ -199,10 +199,27 @@ def test_many_problems_are_counted_and_a_few_shown(
     assert "90 damaged" in output
 
 
+def test_a_missing_link_is_one_of_the_findings(capsys: pytest.CaptureFixture[str], folders: Path) -> None:
+    pictures = [next(path for path in sorted((folders / split).rglob("*.JPEG"))) for split in ("train", "val")]
+    for picture in pictures:
+        picture.unlink()
+        picture.symlink_to(folders / "nowhere")
+    code, output = check(capsys, "imagenet", folders, "--full")
+    assert code == 2
+    assert all(f"{picture} is missing" in output for picture in pictures), output
+
+
+@pytest.mark.parametrize(("name", "package"), [("digits", "sklearn"), ("imagenet", "PIL"), ("imagenet shards", "PIL")])
 def test_a_package_that_is_missing_is_no_damage(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    name: str,
+    package: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert cli.main(("data", "check", "--dataset", "digits")) == 2
+    place = {"imagenet": "folders", "imagenet shards": "shards"}.get(name)
+    folder = ("--data-dir", str(request.getfixturevalue(place))) if place else ()
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(("data", "check", "--dataset", name.split()[0], *folder)) == 2
     output = capsys.readouterr().out
-    assert "missing  scikit-learn is not installed" in output and "1 missing" in output
+    assert "is not installed" in output and "1 missing" in output and "damaged" not in output

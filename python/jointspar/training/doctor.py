@@ -113,7 +113,7 @@ def _check_threads() -> Iterator[Finding]:
         what = "unset OMP_NUM_THREADS or lower it" if os.environ.get("OMP_NUM_THREADS") else "start fewer ranks here"
         yield Finding("note", "threads", text, f"more threads than cores: {what}")
     else:
-        text += "; `jointspar train` divides the cores among the ranks that its launcher starts on this host"
+        text += "; `jointspar train` divides cores among the ranks on this host that may use them"
         yield Finding("ok", "threads", text)
 
 

@@ -26,7 +26,7 @@ from jointspar.training.data.datasets import (
 )
 from jointspar.training.data.pictures import Source, open_picture
 from jointspar.training.data.properties import PROPERTIES, DatasetProperties, Form
-from jointspar.training.data.readers import DatasetError, MissingError
+from jointspar.training.data.readers import DatasetError, MissingError, MissingPackageError
 from jointspar.training.data.shards import SPLIT_PATTERNS, count_samples, find_shards, read_shard, read_sizes
 from jointspar.training.launch import usable_cores
 
@@ -123,7 +123,7 @@ def _examine_shards(folder: Path, properties: DatasetProperties, form: Form, is_
                 chosen = samples if is_full else islice(samples, 1)
                 yield from _decoded((sample.source for sample in chosen), is_quiet=True)
                 num_samples += num_found
-            except MissingError:
+            except MissingPackageError:
                 raise
             except DatasetError as error:
                 yield Finding("damaged", str(error))
@@ -152,7 +152,7 @@ def _problem(source: Source) -> str:
         name, content = source()
         with open_picture(content, name) as picture:
             picture.load()
-    except MissingError:  # pillow
+    except MissingPackageError:
         raise
     except DatasetError as error:
         return str(error)

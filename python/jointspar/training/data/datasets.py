@@ -16,7 +16,7 @@ from jointspar.comm.hashing import stable_hash
 from jointspar.training.data.augment import crop_and_flip, normalise
 from jointspar.training.data.class_folders import PictureFiles, has_class_folders, load_class_folders
 from jointspar.training.data.properties import PROPERTIES, DataFile, DatasetProperties, Form
-from jointspar.training.data.readers import FORMATS, DatasetError, MissingError, Part
+from jointspar.training.data.readers import FORMATS, DatasetError, MissingPackageError, Part
 from jointspar.training.data.shards import Shards, find_shards, load_shards
 
 DATA_ROOT_VARIABLE = "JOINTSPAR_DATA"
@@ -144,7 +144,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise MissingError("scikit-learn is not installed") from error
+        raise MissingPackageError("scikit-learn is not installed") from error
     digits = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
     images = images.repeat(4, axis=1).repeat(4, axis=2)[:, None]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from jointspar.training.data.properties import DatasetProperties
-from jointspar.training.data.readers import DatasetError, MissingError
+from jointspar.training.data.readers import DatasetError, MissingPackageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -39,7 +39,7 @@ def open_picture(content: bytes, name: str, formats: tuple[str, ...] = ("JPEG", 
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise MissingError("pillow is not installed: pip install 'jointspar[train]'") from error
+        raise MissingPackageError("pillow is not installed: pip install 'jointspar[train]'") from error
     try:
         with Image.open(BytesIO(content), formats=formats) as picture:
             if picture.width * picture.height > _MAX_PIXELS:

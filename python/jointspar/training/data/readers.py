@@ -30,7 +30,11 @@ class DatasetError(ValueError):
 
 
 class MissingError(DatasetError):
-    """Files are not there, or a package that reads them."""
+    """A file or folder is not there."""
+
+
+class MissingPackageError(MissingError):
+    """A package that reads the files is not there, so that nothing can be said of any."""
 
 
 class Part(NamedTuple):
