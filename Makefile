@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip install -qq -c constraints.txt
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
-export CMAKE_GENERATOR := Ninja
+unexport CMAKE_GENERATOR
 
 NATIVE_SOURCES := $(shell find csrc jointspar_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt cmake/cuda.cmake cmake/keep_log.sh
@@ -83,7 +83,7 @@ test: test-cpp test-python
 # What the C++ tests are, and what Python tests load of them.
 build-tests: $(VENV)/.stamp-project
 	@echo "== C++ tests: compiled"
-	@cmake -S . -B $(BUILD) -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=$(WERROR) \
+	@cmake -S . -B $(BUILD) -G Ninja -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=$(WERROR) \
 	    -DPython_EXECUTABLE="$(VENV_PYTHON)" > /dev/null
 	@cmake --build $(BUILD) --target cpp_tests -- --quiet
 
@@ -118,7 +118,7 @@ test-mutations: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 # leaks are not looked for: the interpreter never frees all of its memory.
 test-sanitize: $(VENV)/.stamp-project $(VENV)/.stamp-extra-test
 	@echo "== C++ and operation tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@cmake -S . -B $(SANITIZE_BUILD) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DJOINTSPAR_SANITIZE=address,undefined \
+	@cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DJOINTSPAR_SANITIZE=address,undefined \
 	    -DJOINTSPAR_BUILD_TESTS=ON -DJOINTSPAR_WERROR=ON -DJOINTSPAR_CUDA_EXT=0 -DPython_EXECUTABLE="$(VENV_PYTHON)" \
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/$(SANITIZE_BUILD)/jointspar_ext" > /dev/null
 	@cmake --build $(SANITIZE_BUILD) -- --quiet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace the file in one move: a reader sees the old or the new content, never half, on a full disk too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # process numbers meet in shared folders
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)

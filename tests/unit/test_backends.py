@@ -69,8 +69,9 @@ def test_an_installation_that_looks_for_compiled_modules_where_they_were_is_told
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     failures = {"jointspar.backends.native": missing("jointspar_ext._core")}
     cannot_import(monkeypatch, {**failures, "jointspar.backends.numba_cpu": missing("numba")})
-    with pytest.warns(RuntimeWarning, match="'native' does not load"):
+    with pytest.warns(RuntimeWarning, match="'native' does not load.*install jointspar again") as caught:
         assert backends.name_of(backends.choose()) == "reference"
+    assert len(caught) == 1
 
 
 def test_cuda_kernels_that_do_not_load_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

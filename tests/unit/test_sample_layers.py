@@ -239,6 +239,9 @@ def test_marginals_are_p_and_mean_grad_is_unbiased(
     active = draw_many(p, num_steps, world_size, strategy, draw)
     standard_error = np.sqrt(p * (1 - p) / num_steps)
     assert (np.abs(active.mean(axis=0) - p) <= 4 * standard_error).all()
+    if strategy != "shared":  # all 100,000 draws
+        standard_error = np.sqrt(p * (1 - p) / (num_steps * world_size))
+        assert (np.abs(active.mean(axis=(0, 1)) - p) <= 4 * standard_error + 1e-12).all()
 
     grads = 1.0 + rng.standard_normal((world_size, len(p)))  # one component of each rank's gradient
     estimates = (active * grads).sum(axis=1) * gradient_scales(strategy, p, active.sum(axis=1), world_size)

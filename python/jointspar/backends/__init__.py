@@ -85,10 +85,12 @@ def has_device_backend(name: str) -> bool:
 
 def _warn_if_broken(name: str, error: ImportError) -> None:
     """Once, where a backend is there and does not load: what takes its place is slower."""
-    is_missing = isinstance(error, ModuleNotFoundError) and error.name in _MAY_BE_MISSING and _has_own_package()
-    if not is_missing and name not in _warned:
+    is_missing = isinstance(error, ModuleNotFoundError) and error.name in _MAY_BE_MISSING
+    is_misplaced = is_missing and str(error.name).startswith("jointspar_ext") and not _has_own_package()
+    if (is_misplaced or not is_missing) and name not in _warned:
         _warned.add(name)
-        warn_user(f"the backend {name!r} does not load, another is used: {error}", RuntimeWarning)
+        advice = "; install jointspar again, whose compiled modules have moved" if is_misplaced else ""
+        warn_user(f"the backend {name!r} does not load, another is used: {error}{advice}", RuntimeWarning)
 
 
 def _has_own_package() -> bool:

@@ -1,4 +1,4 @@
-"""What the MPI library beside mpi4py is: loaded, running, of how many ranks, and whether it outlives some of them."""
+"""The MPI library below mpi4py: how it is loaded, and what it is: running, of how many ranks, of which limits."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Transport(Protocol):
     rank: int
     world_size: int
     timeout: float  # seconds that one wait may last
-    eager_bytes: int | None  # so long a message waits for no answer, which may be behind others; None: no matter
+    eager_bytes: int | None  # length of messages that are sent without waiting for an answer; None: makes no difference
     bytes_sent: int  # grows by what this rank hands over for sending, headers included
     is_simulated: bool  # nothing travels, so its times say nothing of a network
     is_thread_safe: bool  # a thread may use it beside others that use the library below

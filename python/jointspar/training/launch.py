@@ -63,7 +63,7 @@ def train_command() -> list[str]:
 
 
 def threads_per_rank() -> int:
-    """Torch threads of this rank when --threads is not given: OMP_NUM_THREADS, else its share of the host's cores."""
+    """Torch threads of this rank when --threads is not given: OMP_NUM_THREADS, else its share of the cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
@@ -83,10 +83,10 @@ def ranks_on_these_cores() -> int:
     num_ranks = local_ranks()
     try:
         cores = [os.sched_getaffinity(child) for child in _children_of(os.getppid())]
-        is_alike = [each == os.sched_getaffinity(0) for each in cores]
+        is_shared = [bool(each & os.sched_getaffinity(0)) for each in cores]
     except (OSError, AttributeError):  # one has gone, or is another user's; no Linux
         return num_ranks
-    return num_ranks if len(cores) < num_ranks else min(num_ranks, max(1, sum(is_alike)))
+    return num_ranks if len(cores) < num_ranks else min(num_ranks, max(1, sum(is_shared)))
 
 
 def _children_of(process: int) -> list[int]:
