@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,9 +86,9 @@ class Memory(bytearray):
 
 
 class FakeCupy(ModuleType):
-    """Stands in for the module `cupy`."""
+    """Stands in for the module `cupy`, of a major version: streams of others are made otherwise since 14."""
 
-    def __init__(self, kernels: KernelsOnHost | None, num_multiprocessors: int = 1) -> None:
+    def __init__(self, kernels: KernelsOnHost | None, num_multiprocessors: int = 1, version: int = 14) -> None:
         super().__init__("cupy")
         self.kernels = kernels
         self.launches: list[Launch] = []
@@ -97,10 +98,12 @@ class FakeCupy(ModuleType):
         self._allocated: list[Any] = []  # a pool in stream order: what the stream still uses stays valid
         self._current: list[tuple[int, Any]] = []
         self.ndarray = ndarray
+        self.version = version
         runtime = {"memcpyAsync": self._memcpy_async, "memsetAsync": self._memset_async, "memcpyHostToDevice": 1}
         self.cuda = SimpleNamespace(
             Device=lambda device: _Device(device, num_multiprocessors),
-            ExternalStream=lambda ptr, device: _Stream(self, ptr, device),
+            ExternalStream=self._external_stream,
+            Stream=SimpleNamespace(**({"from_external": self._from_external} if version >= 14 else {})),
             Event=lambda disable_timing: Event(self, disable_timing),
             alloc=self._alloc,
             alloc_pinned_memory=self._alloc_pinned,
@@ -119,6 +122,16 @@ class FakeCupy(ModuleType):
 
     def from_dlpack(self, array: Any) -> ndarray:
         return array.__dlpack__()
+
+    def _external_stream(self, ptr: int, device: int) -> _Stream:
+        if self.version >= 14:
+            warnings.warn("ExternalStream is deprecated", DeprecationWarning, stacklevel=2)
+        return _Stream(self, ptr, device)
+
+    def _from_external(self, stream: Any) -> _Stream:
+        protocol, ptr = stream.__cuda_stream__()
+        assert protocol == 0
+        return _Stream(self, ptr, -1)
 
     def put(self, stream: int, work: Callable[[], None]) -> None:
         self.pending.setdefault(stream, deque()).append(work)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import jointspar as js
 from device_support import DEVICE
 from jointspar.training.config import TrainConfig
 from jointspar.training.records import Summary
@@ -48,3 +49,14 @@ def test_a_run_on_the_device_is_resumed_and_learns(tmp_path: Path) -> None:
     assert summary.steps == 44
     assert summary.test_accuracy > 0.3
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 44
+
+
+def test_a_checkpoint_restores_the_random_state_of_the_device(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 3).to(DEVICE)
+    optimizer = js.JointSparLARS(model.named_parameters())
+    torch.randn(5, device=DEVICE)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    expected = torch.randn(5, device=DEVICE)
+    torch.cuda.manual_seed(9)
+    js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    assert torch.equal(torch.randn(5, device=DEVICE), expected)

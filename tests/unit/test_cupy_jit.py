@@ -294,6 +294,15 @@ def test_everything_runs_on_the_stream_of_the_arrays(cupy, rng):
     assert {launch.stream for launch in cupy.launches} == set(cupy.pending) == {STREAM}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("version", [13, 14])
+def test_calls_go_to_the_given_stream_without_a_warning(kernels, monkeypatch, tmp_path, version):
+    cupy = FakeCupy(kernels, version=version)
+    with serving(cupy, monkeypatch, tmp_path):
+        on_device().squared_norms([cupy.array([3.0])], None)
+    assert [launch.stream for launch in cupy.launches] == [STREAM]
+
+
 def test_a_stream_capture_is_refused_with_advice(cupy, rng):
     arrays = random_arrays(cupy, rng, "float32", (10, 10))
     cupy.capturing = True

@@ -36,7 +36,23 @@ class Queue(NamedTuple):
     """Where the work of a call goes."""
 
     device: int
-    stream: Any  # cupy.cuda.ExternalStream
+    stream: Any  # cupy.cuda.Stream
+
+
+class _Handle(NamedTuple):
+    """A cudaStream_t that somebody else owns, by the CUDA stream protocol."""
+
+    stream: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream  # version of the protocol, handle
+
+
+def _stream_of(device: int, handle: int) -> Any:
+    """CuPy's view of a stream. From 14.0 on its ExternalStream is deprecated, before there is nothing else."""
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Handle(handle))
+    return cupy.cuda.ExternalStream(handle, device)
 
 
 @contextlib.contextmanager
@@ -46,13 +62,13 @@ def queue_on(device: int, stream: int) -> Iterator[Queue]:
     Raises JointSparError while the stream is captured: a graph would need memory of its own, which CuPy cannot get
     without disturbing the capture.
     """
-    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as external:
-        if external.is_capturing():
+    with cupy.cuda.Device(device), _stream_of(device, stream) as current:
+        if current.is_capturing():
             raise JointSparError(
                 "a stream capture needs the compiled CUDA kernels: build jointspar where nvcc is found "
                 "(JOINTSPAR_CUDA_EXT=1)"
             )
-        yield Queue(device, external)
+        yield Queue(device, current)
 
 
 def launch(kernel: Kernel, num_blocks: int, num_threads: int, queue: Queue, *arguments: Any) -> None:
