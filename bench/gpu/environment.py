@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -30,8 +31,8 @@ def package_version(*names: str) -> str:
     return "not installed"
 
 
-def describe() -> dict[str, str]:
-    """For the head of a report. Needs a GPU."""
+def describe(module: str) -> dict[str, str]:
+    """For the head of a report of `python -m module`. Needs a GPU."""
     import torch
 
     from jointspar.training.circumstances import commit
@@ -47,6 +48,6 @@ def describe() -> dict[str, str]:
         "triton": package_version("triton"),
         "CuPy": package_version("cupy-cuda13x", "cupy-cuda12x", "cupy"),
         "Python": platform.python_version(),
-        "commit": commit() or "unknown",
-        "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]),
+        "commit": commit() or os.environ.get("JOINTSPAR_COMMIT", "unknown"),  # of a tree that came without its history
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
     }

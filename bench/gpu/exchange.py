@@ -1,43 +1,39 @@
 """Time to sum vectors in CUDA memory over ranks: by an MPI that takes such memory, and through pinned host memory.
 
-`mpirun -n 2 python -m bench.gpu.exchange --out FILE.json`, where ranks may share a card; from the tree, after
-`make test-gpu` or `make bench-gpu` built it. Exit code 2 where there is no GPU, or one rank.
+Ranks may share a card. `python -m bench.gpu --parts exchange` starts it on 2 ranks; the results become a part of those
+in its folder. Exit code 1 where this MPI does not take device memory, 2 where there is no GPU, or one rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import jointspar as js
-from bench.gpu import environment
-from bench.gpu.timing import summary
+from bench.gpu import environment, report
+from bench.gpu.__main__ import fill, open_results
+from jointspar.comm import cuda_mpi
 from jointspar.comm.transport import Transport
 from jointspar.step.exchange import Exchange, Slices, candidates
 from jointspar.step.exchange.staged import Staged
 
-SIZES = (65_536, 1_048_576, 25_557_032)  # elements; the last are ResNet-50's
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=20)
-    return parser.parse_args()
+ROUNDS = {100_000: 1000, 1_048_576: 100, 25_557_032: 20}  # by elements; the last are ResNet-50's
+ON_DEVICE = "allreduce of device memory"
 
 
 def ways_of(comm: Transport) -> dict[str, Exchange]:
     """By name, each staged and, where the transport takes device memory, allreduce as it is."""
     ways: dict[str, Exchange] = {}
     if comm.agree_on_cuda():
-        ways["allreduce of device memory"] = candidates("allreduce", comm, torch.float32)["allreduce"]
+        ways[ON_DEVICE] = candidates("allreduce", comm, torch.float32)["allreduce"]
     staged = {f"{name}, staged": Staged(way) for name, way in candidates("auto", comm, torch.float32).items()}
     return ways | staged
 
@@ -67,8 +63,38 @@ def measure(
     return times
 
 
+def records_of(comm: Transport, ways: dict[str, Exchange], size: int, device: str) -> Iterator[report.Record]:
+    for name, milliseconds in measure(comm, ways, size, ROUNDS[size], device).items():
+        times = report.summary(milliseconds)
+        yield {"way": name, "megabytes": 4e-6 * size, "milliseconds": times, "right_sums": len(milliseconds)}
+
+
+def why_staged_only(ways: dict[str, Exchange]) -> Iterator[report.Failure]:
+    if ON_DEVICE not in ways:
+        yield report.Failure(ON_DEVICE, f"not taken: {cuda_mpi.decide().reason}")
+
+
+def measure_sums(comm: Transport, out: Path, device: str = "cuda") -> int:
+    """The exit code of this rank, of which the first writes the results. Collective."""
+    ways = ways_of(comm)
+    measurements = [report.Measurement(f"{comm.world_size} ranks of {comm.name}", partial(why_staged_only, ways))]
+    measurements += [
+        report.Measurement(f"{size} elements", partial(records_of, comm, ways, size, device)) for size in ROUNDS
+    ]
+    if comm.rank > 0:
+        for _, make in measurements:
+            list(make())
+        return 0
+    results, save = open_results(out, environment.describe("bench.gpu.exchange"))
+    fill(results, "exchange", measurements, save)
+    print(report.markdown(results), *save(), sep="\n")
+    return 1 if any(what.startswith("exchange: ") for what in results["failed"]) else 0
+
+
 def main() -> int:
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no GPU on this machine", file=sys.stderr)
         return 2
@@ -77,17 +103,7 @@ def main() -> int:
         print("one rank sums nothing: start it as mpirun -n 2 python -m bench.gpu.exchange ...", file=sys.stderr)
         return 2
     torch.cuda.set_device(comm.rank % torch.cuda.device_count())
-    ways = ways_of(comm)
-    results = {"environment": environment.describe() | {"transport": comm.name, "ranks": comm.world_size}, "sums": []}
-    for size in SIZES:
-        for name, milliseconds in measure(comm, ways, size, options.rounds).items():
-            record = {"way": name, "megabytes": 4e-6 * size, "milliseconds": summary(milliseconds)}
-            results["sums"].append(record)
-            if comm.rank == 0:
-                print(json.dumps(record), flush=True)
-    if comm.rank == 0:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    return measure_sums(comm, options.out)
 
 
 if __name__ == "__main__":

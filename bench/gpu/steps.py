@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 import jointspar as js
-from bench.gpu.cases import LR, MOMENTUM, SHAPES, TRUST_COEFFICIENT, WEIGHT_DECAY
-from bench.gpu.launches import count_waits, kernel_names
-from bench.gpu.report import Record
-from bench.gpu.timing import wall_milliseconds
-
-SGD = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+from bench.gpu.cases import SCALE, SHAPES, TRUST_COEFFICIENT
+from bench.gpu.launches import kernel_names, waits
+from bench.gpu.report import Measurement, Record
+from bench.gpu.timing import captured, wall_milliseconds
+from bench.gpu.update_cases import LARS, SGD
+from jointspar import ops
 
 
 def parameters_of(shapes: str) -> list[torch.nn.Parameter]:
@@ -32,6 +32,21 @@ def jointspar_step(kind: type[torch.optim.Optimizer], budget: float, **settings:
     return lambda shapes: kind(parameters_of(shapes), sampling=sampling, **SGD, **settings).step  # type: ignore[call-arg]
 
 
+def captured_operations(shapes: str) -> Callable[[], object]:
+    """What a step has the device do, of which a graph can be captured, unlike of the step, whose draw is the host's."""
+    parameters = parameters_of(shapes)
+    params, grads = [parameter.detach() for parameter in parameters], [parameter.grad for parameter in parameters]
+    momenta = [torch.zeros_like(param) for param in params]
+    norms = ops.squared_norms(params).sqrt()
+
+    def operations() -> None:
+        packed, squared = ops.pack_gradients(grads, SCALE)
+        ops.lars_update(params, momenta, packed, **LARS, adapt=[True] * len(params), param_norms=norms,
+                        grad_norms=squared.sqrt())  # fmt: skip
+
+    return captured(operations)
+
+
 OPTIMIZERS: dict[str, Callable[[str], Any]] = {
     "torch SGD": lambda shapes: torch.optim.SGD(parameters_of(shapes), **SGD, foreach=True).step,
     "torch SGD fused": lambda shapes: torch.optim.SGD(parameters_of(shapes), **SGD, fused=True).step,
@@ -40,18 +55,19 @@ OPTIMIZERS: dict[str, Callable[[str], Any]] = {
         for kind, settings in ((js.JointSparLARS, {"trust_coefficient": TRUST_COEFFICIENT}), (js.JointSparSGD, {}))
         for budget in (1.0, 0.5, 0.25)
     },
+    "pack_gradients and lars_update, in a graph": captured_operations,
 }
 
 
-def measure_steps(*, rounds: int) -> Iterator[Callable[[], Iterator[Record]]]:
+def measure_steps(*, rounds: int) -> Iterator[Measurement]:
     """One measurement per optimizer and set of tensors."""
     for shapes in ("161 x 64", "resnet50"):
         for name in OPTIMIZERS:
-            yield partial(records_of, name, shapes, rounds)
+            yield Measurement(f"{name}, {shapes}", partial(records_of, name, shapes, rounds))
 
 
 def records_of(name: str, shapes: str, rounds: int) -> Iterator[Record]:
     step = OPTIMIZERS[name](shapes)
     wall = wall_milliseconds(step, rounds=rounds, calls=20)
     record = {"optimizer": name, "shapes": shapes, "wall_milliseconds": wall}
-    yield record | {"launches": len(kernel_names(step)), "waits": count_waits(step)}
+    yield record | {"launches": len(kernel_names(step)), "waits": waits(step)}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median, quantiles
+from statistics import median
 
 import numpy as np
 import torch
+
+from bench.gpu.report import Milliseconds, summary
 
 Call = Callable[[], object]
 MOST_LAUNCHES = 900  # of one call: the device's queue holds about 1,024, and beyond them the host waits
 CYCLES_PER_SECOND = 2e9  # at most about this many: a pause may be longer than asked for, not shorter
 LONGEST_PAUSE = 0.2  # seconds
-
-
-def summary(samples: list[float]) -> dict[str, float]:
-    """Median, spread (10th and 90th percentile) and number of samples."""
-    tenths = quantiles(samples, n=10) if len(samples) > 1 else [samples[0]] * 9
-    return {"median": median(samples), "p10": tenths[0], "p90": tenths[8], "samples": len(samples)}
+LONGEST_ROUND = 0.02  # seconds of a round by the wall, if a call is not longer
 
 
 class ColdCache:
@@ -46,7 +43,7 @@ def host_seconds(call: Call) -> float:
     return seconds
 
 
-def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[str, dict[str, float]]:
+def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[str, Milliseconds]:
     """Milliseconds of each variant on the device; a round times each variant once, in a new order.
 
     The device pauses before each call for longer than the host takes to put the call there, so that launches do not
@@ -75,9 +72,12 @@ def device_milliseconds(variants: Mapping[str, Call], *, rounds: int) -> dict[st
     return {name: summary([start.elapsed_time(end) for start, end in pairs]) for name, pairs in events.items()}
 
 
-def wall_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float]:
-    """Milliseconds per call from the first to the end of the device's work, `calls` of them back to back a round."""
-    for _ in range(10):
+def wall_milliseconds(call: Call, *, rounds: int, calls: int) -> Milliseconds:
+    """Milliseconds per call from the first to the end of the device's work, up to `calls` back to back a round."""
+    for _ in range(3):
+        call()
+    calls = max(1, min(calls, int(LONGEST_ROUND / host_seconds(call))))
+    for _ in range(calls):
         call()
     samples = []
     for _ in range(rounds):
@@ -90,7 +90,7 @@ def wall_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float
     return summary(samples)
 
 
-def graph_milliseconds(call: Call, *, rounds: int, calls: int) -> dict[str, float]:
+def graph_milliseconds(call: Call, *, rounds: int, calls: int) -> Milliseconds:
     """The same of a CUDA graph that a call was captured in. Raises what capturing raises."""
     return wall_milliseconds(captured(call), rounds=rounds, calls=calls)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -15,16 +15,15 @@ from bench.gpu.cases import (
     TRUST_COEFFICIENT,
     WEIGHT_DECAY,
     Case,
+    Loop,
     Tensors,
     by_backends,
-    by_compiler,
     pack_case,
     unpack_case,
 )
 from bench.gpu.timing import Call
 from jointspar import ops
 
-COMPILED = "resnet50"  # torch.compile takes up to a minute for each list of tensors
 List = list[torch.Tensor]
 SGD = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 LARS = {**SGD, "trust_coefficient": TRUST_COEFFICIENT, "eps": EPS}
@@ -39,32 +38,32 @@ def lars_loop(params: List, momenta: List, grads: List) -> None:
         w.add_(u, alpha=-LR)
 
 
-def lars_steps(tensors: Tensors) -> None:
-    """Each tensor's step, adapted, into `work`.
+def lars_steps(tensors: Tensors, is_waiting: bool) -> List:
+    """Each tensor's step, adapted.
 
-    Waits for the norms, since `_foreach_` multiplies by numbers of the host in few launches only. The device is idle
-    for a while then, which is a part of the time.
+    `_foreach_` multiplies by numbers of the host in few launches, for which the host waits while the device is idle, or
+    by numbers on the device in a launch for each tensor.
     """
     w_norms, g_norms = (torch.stack(torch._foreach_norm(group)) for group in (tensors.params, tensors.grads))
     rates = TRUST_COEFFICIENT * w_norms / (g_norms + WEIGHT_DECAY * w_norms + EPS)
-    rates = torch.where((w_norms > 0) & (g_norms > 0), rates, 1.0).tolist()
-    torch._foreach_copy_(tensors.work, tensors.grads)
-    torch._foreach_add_(tensors.work, tensors.params, alpha=WEIGHT_DECAY)
-    torch._foreach_mul_(tensors.work, rates)
+    rates = torch.where((w_norms > 0) & (g_norms > 0), rates, 1.0)
+    steps = torch._foreach_add(tensors.grads, tensors.params, alpha=WEIGHT_DECAY)
+    torch._foreach_mul_(steps, rates.tolist() if is_waiting else list(rates.unbind()))
+    return list(steps)
 
 
-def lars_foreach(tensors: Tensors) -> None:
-    lars_steps(tensors)
+def lars_foreach(tensors: Tensors, is_waiting: bool) -> None:
+    steps = lars_steps(tensors, is_waiting)
     torch._foreach_mul_(tensors.momenta, MOMENTUM)
-    torch._foreach_add_(tensors.momenta, tensors.work)
+    torch._foreach_add_(tensors.momenta, steps)
     torch._foreach_add_(tensors.params, tensors.momenta, alpha=-LR)
 
 
-def lars_fused(tensors: Tensors) -> None:
+def lars_fused(tensors: Tensors, is_waiting: bool) -> None:
     """The last three passes in one, by what torch.optim.SGD(fused=True) calls."""
-    lars_steps(tensors)
+    steps = lars_steps(tensors, is_waiting)
     torch._fused_sgd_(
-        tensors.params, tensors.work, tensors.momenta, lr=LR, momentum=MOMENTUM, weight_decay=0.0, dampening=0.0,
+        tensors.params, steps, tensors.momenta, lr=LR, momentum=MOMENTUM, weight_decay=0.0, dampening=0.0,
         nesterov=False, maximize=False, is_first_step=False,
     )  # fmt: skip
 
@@ -109,16 +108,15 @@ def in_float64(tensors: Tensors, is_lars: bool) -> List:
     return [*params, *momenta]
 
 
-def lars_case(name: str, backends: list[str], compiled: bool) -> Case:
+def lars_case(name: str, backends: list[str]) -> Case:
     tensors = Tensors(SHAPES[name])
     variants: dict[str, Call] = {
-        "torch loop": lambda: lars_loop(tensors.params, tensors.momenta, tensors.grads),
-        "torch _foreach_": lambda: lars_foreach(tensors),
-        "torch fused, adapted": lambda: lars_fused(tensors),
+        "torch _foreach_ (rates on the host)": lambda: lars_foreach(tensors, is_waiting=True),
+        "torch _foreach_ (rates on the device)": lambda: lars_foreach(tensors, is_waiting=False),
+        "torch fused, adapted (rates on the host)": lambda: lars_fused(tensors, is_waiting=True),
+        "torch fused, adapted (rates on the device)": lambda: lars_fused(tensors, is_waiting=False),
         "torch SGD fused (floor)": fused_sgd(tensors),
     }
-    if compiled:
-        variants |= by_compiler(lars_loop, tensors.params, tensors.momenta, tensors.grads)
     both = ops.squared_norms(tensors.params).sqrt(), ops.squared_norms(tensors.grads).sqrt()
     for label, norms in (
         ("norms carried", both),
@@ -127,7 +125,8 @@ def lars_case(name: str, backends: list[str], compiled: bool) -> Case:
     ):
         variants |= by_backends(backends, label, lars_call(tensors, *norms))
     return Case(
-        "lars_update", name, tensors.total * 20, variants, [*tensors.params, *tensors.momenta],
+        "lars_update", name, tensors.total * 20, Loop(lars_loop, (tensors.params, tensors.momenta, tensors.grads)),
+        variants, [*tensors.params, *tensors.momenta],
         lambda: in_float64(tensors, is_lars=True), floors=frozenset({"torch SGD fused (floor)"}),
     )  # fmt: skip
 
@@ -140,28 +139,32 @@ def lars_call(tensors: Tensors, param_norms: torch.Tensor | None, grad_norms: to
     )  # fmt: skip
 
 
-def sgd_case(name: str, backends: list[str], compiled: bool) -> Case:
+def sgd_case(name: str, backends: list[str]) -> Case:
     tensors = Tensors(SHAPES[name])
     variants: dict[str, Call] = {
-        "torch loop": lambda: sgd_loop(tensors.params, tensors.momenta, tensors.grads),
         "torch _foreach_": lambda: sgd_foreach(tensors),
         "torch fused, and norms": lambda: sgd_fused_with_norms(tensors),
         "torch SGD fused (floor)": fused_sgd(tensors),
     }
-    if compiled:
-        variants |= by_compiler(sgd_loop, tensors.params, tensors.momenta, tensors.grads)
     variants |= by_backends(
         backends, "", lambda: ops.sgd_update(tensors.params, tensors.momenta, tensors.packed, **SGD)
     )
     return Case(
-        "sgd_update", name, tensors.total * 20, variants, [*tensors.params, *tensors.momenta],
+        "sgd_update", name, tensors.total * 20, Loop(sgd_loop, (tensors.params, tensors.momenta, tensors.grads)),
+        variants, [*tensors.params, *tensors.momenta],
         lambda: in_float64(tensors, is_lars=False), floors=frozenset({"torch SGD fused (floor)"}),
     )  # fmt: skip
 
 
-def all_cases(backends: list[str], compiled: bool) -> Iterator[Callable[[], Case]]:
-    """Makers, so that the memory of one case is free for the next."""
-    pack_float, pack_half = partial(pack_case, torch.float32), partial(pack_case, torch.bfloat16)
-    for name in SHAPES:
-        for make in (pack_float, pack_half, unpack_case, lars_case, sgd_case):
-            yield partial(make, name, backends, compiled and name == COMPILED)
+def all_cases(backends: list[str], names: Iterable[str] = SHAPES) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Names and makers, so that the memory of one case is free for the next."""
+    makers = {
+        "pack_gradients to float32": partial(pack_case, torch.float32),
+        "pack_gradients to bfloat16": partial(pack_case, torch.bfloat16),
+        "unpack_gradients, add": unpack_case,
+        "lars_update": lars_case,
+        "sgd_update": sgd_case,
+    }
+    for name in names:
+        for operation, make in makers.items():
+            yield f"{operation}, {name}", partial(make, name, backends)

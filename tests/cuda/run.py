@@ -2,7 +2,7 @@
 
 All of them at once, since each mostly waits for its host, the tests in several processes where pytest-xdist is
 installed; at last the tests marked `alone`. What each printed is in build/gpu-logs/<name>.log; the end is shown of
-what failed.
+what failed, and of what passed the tests that were skipped.
 Exit code 0 where all passed, 1 where something failed, 2 where the machine cannot run it.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.gpu import in_place
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
 ALONE = "alone"  # a marker, and the name of the command that runs what has it
 SANITIZED = ("tests/cuda/test_sanitized.py",)
 LOGS = in_place.ROOT / "build" / "gpu-logs"
@@ -93,8 +93,10 @@ def look_at(job: Job, end: float) -> None:
     results = {None: "cut off: its time was up", 0: "passed"}
     results |= {SANITIZER_FAILED: "found errors", NONE_CHOSEN: "no test was chosen"}
     job.result = f"{results.get(code, f'failed with exit code {code}')} ({time.monotonic() - job.began:.0f} s)"
-    shown = job.log.read_text(errors="replace")
-    print(f"== {job.name}", shown[-SHOWN:] if code != 0 else shown.rstrip().rpartition("\n")[2], sep="\n", flush=True)
+    text = job.log.read_text(errors="replace")
+    *lines, last = text.rstrip().splitlines() or [""]
+    passed = [*(line for line in lines if line.startswith("SKIPPED")), last]
+    print(f"== {job.name}", *([text[-SHOWN:]] if code != 0 else passed), sep="\n", flush=True)
 
 
 def run_together(wanted: dict[str, list[str]], end: float) -> list[Job]:
