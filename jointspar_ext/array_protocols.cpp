@@ -128,6 +128,16 @@ bool is_bfloat16_ndarray(py::handle object) {
     return py::str(py::getattr(dtype, "name", py::none())).equal(py::str("bfloat16")) && py::hasattr(object, "view");
 }
 
+// What DLPack is to know of the stream of a call. CuPy's is the call's own; others have to be ready for it.
+std::int64_t dlpack_stream(py::handle object, std::uintptr_t stream) {
+    constexpr std::int64_t kNoSynchronisation = -1;
+    constexpr std::int64_t kLegacyDefaultStream = 1;
+    const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+    const auto module = py::str(py::getattr(type, "__module__", py::none())).cast<std::string>();
+    if (module == "cupy" || module.rfind("cupy.", 0) == 0) return kNoSynchronisation;
+    return stream == 0 ? kLegacyDefaultStream : static_cast<std::int64_t>(stream);
+}
+
 }  // namespace
 
 // By the first protocol that the object has.
@@ -136,7 +146,9 @@ ArrayView ArrayReader::read_by_protocol(py::handle object, ArgName name, Access 
         check_place(dlpack::kDeviceCpu, 0, name);
         return read_buffer(object, name, access, kind);
     }
-    if (const ArrayType type = array_type(object); type.api != nullptr) {
+    // On a device only torch's, whose current stream is the call's: this exchange orders nothing.
+    if (const ArrayType type = array_type(object);
+        type.api != nullptr && (device_ == kHost || type.is_neg != nullptr)) {
         dlpack::Tensor tensor{};
         if (type.api->view_from_object(object.ptr(), &tensor) != 0) raise_unreadable(name, object);
         const ArrayView view = read_dlpack(tensor, name, kind);
@@ -202,7 +214,7 @@ ArrayView ArrayReader::read_capsule(py::handle object, ArgName name, Kind kind) 
         } else {
             const auto [type, id] = source.attr("__dlpack_device__")().cast<std::pair<std::int32_t, std::int32_t>>();
             check_place(type, id, name);  // a host array would not know what a stream is
-            owners_.push_back(source.attr("__dlpack__")(py::arg("stream") = -1));  // -1: no synchronisation
+            owners_.push_back(source.attr("__dlpack__")(py::arg("stream") = dlpack_stream(object, stream_)));
         }
     } catch (py::error_already_set& error) {
         error.restore();

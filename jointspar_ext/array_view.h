@@ -43,16 +43,17 @@ struct ArrayView {
 // Keeps alive whatever the views of one call point into. Create, read and destroy it with the GIL held.
 class ArrayReader {
   public:
-    // Accepts the arrays of one memory: the host's, or that of one CUDA device.
-    explicit ArrayReader(std::int32_t device = kHost) : device_(device) {}
+    // Accepts the arrays of one memory: the host's, or that of one CUDA device, there for use on a cudaStream_t.
+    explicit ArrayReader(std::int32_t device = kHost, std::uintptr_t stream = 0) : device_(device), stream_(stream) {}
     ~ArrayReader();
     ArrayReader(const ArrayReader&) = delete;
     ArrayReader& operator=(const ArrayReader&) = delete;
 
     // Raises TypeError for what is no dense-capable array of a supported dtype in this memory, ValueError for a gap,
-    // an expanded dimension or a negative stride, or for a read-only array that is to be written. What a producer has
-    // under way on a CUDA array is not waited for: the operation runs on the producer's stream. That the memory reaches
-    // as far as the array says is the producer's promise: a torch storage that was shrunk under its tensor is not seen.
+    // an expanded dimension or a negative stride, or for a read-only array that is to be written. What torch
+    // and CuPy have under way on a CUDA array is not waited for, since the operation runs on their stream; other
+    // producers are asked for order by DLPack. That the memory reaches as far as the array says is the producer's
+    // promise: a torch storage that was shrunk under its tensor is not seen.
     ArrayView read(pybind11::handle object, ArgName name, Access access, Kind kind = Kind::kFloat);
     // One dimension; of `size` elements where that is not negative.
     ArrayView read_flat(pybind11::handle object, ArgName name, Access access, std::int64_t size = -1,
@@ -79,6 +80,7 @@ class ArrayReader {
     void check_place(std::int32_t device_type, std::int32_t device_id, ArgName name) const;
 
     std::int32_t device_;
+    std::uintptr_t stream_;
     std::vector<pybind11::object> owners_;
     std::deque<Py_buffer> buffers_;
     std::deque<std::vector<std::int64_t>> dims_;  // shapes and strides that no array holds

@@ -44,7 +44,7 @@ void sample_layers_on_device(py::handle probabilities, py::handle active, std::i
                              std::uint64_t seed, std::uint32_t step, std::uint32_t rank, std::uint32_t world_size,
                              const std::string& strategy, const std::string& draw,
                              const std::optional<std::uint64_t>& run_length) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const DeviceVector p = read_vector(reader, probabilities, "probabilities", Access::kRead);
     std::uint8_t* const is_active = read_flags(reader, active, "active", Access::kWrite, p.size);
     reader.check_no_overlap();
@@ -54,7 +54,7 @@ void sample_layers_on_device(py::handle probabilities, py::handle active, std::i
 
 void project_probabilities_on_device(py::handle log_weights, py::handle probabilities, std::int32_t device,
                                      std::uintptr_t stream, double budget, double p_min) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const DeviceVector log_w = read_vector(reader, log_weights, "log_weights", Access::kRead);
     const DeviceVector q = read_vector(reader, probabilities, "probabilities", Access::kWrite, log_w.size);
     reader.check_no_overlap();
@@ -65,7 +65,7 @@ void update_probabilities_on_device(py::handle probabilities, py::handle squared
                                     py::handle drawn_probabilities, py::handle gradient_bound, py::handle updated,
                                     std::int32_t device, std::uintptr_t stream, double budget, double p_min,
                                     double bandit_lr, bool shift) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const DeviceVector p = read_vector(reader, probabilities, "probabilities", Access::kRead);
     const DeviceVector n2 = read_vector(reader, squared_norms, "squared_norms", Access::kRead, p.size);
     const std::uint8_t* const is_active = read_flags(reader, active, "active", Access::kRead, p.size);
@@ -79,7 +79,7 @@ void update_probabilities_on_device(py::handle probabilities, py::handle squared
 
 void pack_gradients_on_device(py::handle grads, const Vector<double>& scales, const Vector<std::int64_t>& sizes,
                               py::handle packed, py::handle squared_norms, std::int32_t device, std::uintptr_t stream) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const PackRequest request = read_pack(reader, grads, scales, sizes, packed);
     const std::int64_t count = as_int64(request.slices.size());
     const DeviceVector norms = read_vector(reader, squared_norms, "squared_norms", Access::kWrite, count);
@@ -90,14 +90,14 @@ void pack_gradients_on_device(py::handle grads, const Vector<double>& scales, co
 
 void unpack_gradients_on_device(py::handle packed, py::handle outs, bool add, std::int32_t device,
                                 std::uintptr_t stream) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const UnpackRequest request = read_unpack(reader, packed, outs);
     unpack_gradients_cuda(request.packed.data, request.packed.dtype, request.slices.data(),
                           as_int64(request.slices.size()), add, queue_of(device, stream));
 }
 
 void add_packed_on_device(py::handle out, py::handle packed, std::int32_t device, std::uintptr_t stream) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const AddRequest request = read_add(reader, out, packed);
     add_packed_cuda(request.sum.data, request.addend.data, request.sum.dtype, request.sum.size,
                     queue_of(device, stream));
@@ -105,7 +105,7 @@ void add_packed_on_device(py::handle out, py::handle packed, std::int32_t device
 
 void squared_norms_on_device(py::handle grads, const std::optional<Vector<std::int64_t>>& sizes,
                              py::handle squared_norms, std::int32_t device, std::uintptr_t stream) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const std::vector<NormSlice> slices = read_norm_slices(reader, grads, sizes);
     const std::int64_t count = as_int64(slices.size());
     const DeviceVector norms = read_vector(reader, squared_norms, "squared_norms", Access::kWrite, count);
@@ -117,7 +117,7 @@ void lars_update_on_device(py::handle params, py::handle momenta, py::handle gra
                            const Vector<bool>& adapt, bool nesterov, bool skip_nonfinite, py::handle param_norms,
                            py::handle grad_norms, py::handle used_grad_norms, py::handle param_norms_after,
                            std::int32_t device, std::uintptr_t stream) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const std::vector<LarsTensor> tensors = read_lars_tensors(reader, params, momenta, grads, hyper, adapt);
     const std::int64_t count = as_int64(tensors.size());
     const double* const known_param_norms = read_known_norms(reader, param_norms, "param_norms", count);
@@ -132,7 +132,7 @@ void lars_update_on_device(py::handle params, py::handle momenta, py::handle gra
 void sgd_update_on_device(py::handle params, py::handle momenta, py::handle grads, const Vector<double>& hyper,
                           bool nesterov, bool skip_nonfinite, py::handle grad_norms, std::int32_t device,
                           std::uintptr_t stream) {
-    ArrayReader reader(device);
+    ArrayReader reader(device, stream);
     const std::vector<UpdateTensor> tensors = read_sgd_tensors(reader, params, momenta, grads, hyper);
     const std::int64_t count = as_int64(tensors.size());
     const DeviceVector norms = read_vector(reader, grad_norms, "grad_norms", Access::kWrite, count);

@@ -139,7 +139,7 @@ def load(
 def _agreed_run(comm: Transport, run: str | None) -> str:
     """Rank 0's run, or a new one, which has a name that no other has. Collective."""
     number = secrets.randbits(63) if run is None else int(run, 16) if run else -1
-    shared = torch.tensor([number])
+    shared = torch.tensor([number], device="cpu")
     comm.broadcast(shared, 0, what="name of the run")  # at every save: not all ranks may have it
     return f"{int(shared):016x}" if int(shared) >= 0 else ""
 
@@ -208,14 +208,14 @@ def _rank_tensors(model: torch.nn.Module, state: dict[str, Any]) -> Iterator[tup
             yield f"model.{name}", tensor
     own = state["jointspar"]
     for name, value in own["distribution"].items():
-        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
         yield f"distribution.{name}", tensor
     for part in ("lesson", "exchange", "update"):
         for name, tensor in own[part].items():
             yield f"{part}.{name}", tensor
     for name in ("trainable", "trainable_before"):
         yield name, own[name]
-    yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], dtype=torch.int64)
+    yield "counters", torch.tensor([own["step"], own["skipped_in_a_row"]], device="cpu")
     yield "random_state", torch.get_rng_state()
     if (device := _device_of(model)) is not None:
         yield "device_random_state", torch.cuda.get_rng_state(device)

@@ -143,7 +143,7 @@ class Reading:
         self._result: np.ndarray | None = None
         self._event: torch.cuda.Event | None = None
         if isinstance(values, torch.Tensor) and values.device.type == "cuda":
-            self._values: Any = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values: Any = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.current_stream(values.device).record_event()
         else:

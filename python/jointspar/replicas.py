@@ -41,7 +41,9 @@ def sync_buffers(model: torch.nn.Module, comm: Transport | None = None) -> None:
         return
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     shapes = stable_hash([[list(buffer.shape), str(buffer.dtype)] for buffer in buffers])
-    flat = torch.cat([torch.empty(0, dtype=torch.float64), *(buffer.reshape(-1).double().cpu() for buffer in buffers)])
+    flat = torch.cat(
+        [torch.empty(0, dtype=torch.float64, device="cpu"), *(buffer.reshape(-1).double().cpu() for buffer in buffers)]
+    )
     _copy_back(average(flat, comm, what="averaging buffers", detail=shapes), buffers)
 
 

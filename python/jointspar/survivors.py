@@ -82,13 +82,15 @@ def _arrays(state: dict[str, Any], *, is_own: bool) -> list[tuple[dict[str, Any]
 def _counters(state: dict[str, Any], *, is_own: bool) -> torch.Tensor:
     """float64: all of them hold numbers below 2**53."""
     places = _arrays(state, is_own=is_own)
-    return torch.cat([torch.as_tensor(part[name], dtype=torch.float64).reshape(-1) for part, name in places])
+    return torch.cat(
+        [torch.as_tensor(part[name], dtype=torch.float64, device="cpu").reshape(-1) for part, name in places]
+    )
 
 
 def _with_counters(state: dict[str, Any], values: torch.Tensor, *, is_own: bool) -> dict[str, Any]:
     """The state, mutated, with root's values."""
     for part, name in _arrays(state, is_own=is_own):
-        own = torch.as_tensor(part[name])
+        own = torch.as_tensor(part[name], device="cpu")
         value, values = values[: own.numel()], values[own.numel() :]
         part[name] = value.to(own.dtype).reshape(own.shape) if own.ndim else value.item()
     return state

@@ -9,7 +9,7 @@ import torch
 
 from device_calls import CALLS, SIZE
 from device_support import DEVICE, keep_busy
-from jointspar import ops
+from jointspar import backends, ops
 from jointspar.backends import on_device
 from support import bits
 
@@ -64,6 +64,17 @@ def test_every_run_gives_the_same_bits(call: Call) -> None:
         with torch.cuda.stream(busy):  # blocks are then scheduled otherwise
             torch.randn(1 << 20, device=DEVICE).sort()
         assert [bits(result) for result in call(x)] == first
+
+
+@every_call
+def test_every_call_has_the_same_bits_on_both_backends(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random_vector(3)
+    x[:100] *= 1e-40  # subnormals
+    results = []
+    for name in backends.DEVICE_BACKENDS:
+        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
+        results.append([bits(result) for result in call(x)])
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])

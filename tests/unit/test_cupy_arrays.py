@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fake_cupy import FakeCupy, memory, ndarray, serving
+from fake_cupy import STREAM, FakeCupy, memory, ndarray, serving
 from jointspar import backends
 from jointspar.device_arrays import Place
 
@@ -49,7 +49,7 @@ class WithDLPack:
         return self._place
 
     def __dlpack__(self, *, stream: int) -> ndarray:
-        assert stream == -1
+        assert stream == STREAM  # the call's
         if isinstance(self._array, Exception):
             raise self._array
         return self._array

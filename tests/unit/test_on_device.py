@@ -11,7 +11,7 @@ import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -103,6 +103,40 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     monkeypatch.setattr(arguments, "empty", empty)
     monkeypatch.setattr(arguments, "to_device", lambda place, values: DeviceArray(values.copy()))
     return stream
+
+
+class WithDLPack(DeviceArray):
+    """Of a library that torch does not know: it gets its work done for the stream that it is told of."""
+
+    told: ClassVar[list[int]] = []
+
+    def __dlpack__(self, *, stream: int) -> Any:
+        self.told.append(stream)
+        capsule = self.memory.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = 2  # its device: CUDA, not the CPU
+        return capsule
+
+
+class LikeCupy(WithDLPack):
+    __module__ = "cupy.core"
+
+
+def test_dlpack_orders_the_work_of_other_libraries_with_the_call_and_leaves_cupys_alone(stream):
+    for kind, expected in ((WithDLPack, stream.handle), (LikeCupy, -1)):
+        WithDLPack.told.clear()
+        norms = ops.squared_norms([kind(np.array([3.0], np.float32)), kind(np.array([2.0], np.float32))])
+        assert read(norms).tolist() == [9.0, 4.0]
+        assert WithDLPack.told == [expected] * 2
+
+
+def test_dlpack_knows_the_default_stream_by_another_number(monkeypatch):
+    WithDLPack.told.clear()
+    monkeypatch.setattr(on_device, "stream_of", lambda place, array: 0)  # which the emulation does not have
+    with pytest.raises(TypeError, match="not int32"):
+        ops.squared_norms([WithDLPack(np.array([3], np.int32))])
+    assert WithDLPack.told == [1]
 
 
 def random_arrays(rng: np.random.Generator, dtype: str = "float32") -> list[np.ndarray]:

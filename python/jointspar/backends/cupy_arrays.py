@@ -24,13 +24,15 @@ Array = Any  # torch.Tensor, cupy.ndarray, or anything with DLPack or __cuda_arr
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16", "bool")}
 _TYPE_CODES = {"f4": torch.float32, "f8": torch.float64, "f2": torch.float16, "b1": torch.bool}
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_LEGACY_STREAM = 1  # DLPack's name of the default stream, whose handle is 0
 
 
 class DeviceReader:
-    """The `Read` of one call. It remembers what it read, for `check_disjoint`."""
+    """The `Read` of one call on a cudaStream_t. It remembers what it read, for `check_disjoint`."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, stream: int) -> None:
         self._device = device
+        self._stream = stream
         self._written: list[FlatArray] = []
         self._only_read: list[FlatArray] = []
         self._owners: list[Array] = []
@@ -88,7 +90,7 @@ class DeviceReader:
 
     def _read_dlpack(self, name: str, array: Any) -> FlatArray:
         try:
-            imported = cupy.from_dlpack(_Unsynchronized(array))
+            imported = cupy.from_dlpack(_ReadyFor(self._stream, array))
         except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{name}: {type(array).__name__} cannot be read as a dense array: {error}") from error
         self._owners.append(imported)
@@ -99,17 +101,18 @@ class DeviceReader:
             raise TypeError(f"{name}: is on {found}, not on cuda:{self._device} as this call needs")
 
 
-class _Unsynchronized:
-    """An array that DLPack hands over as it is: the call's stream is already the one that its library works on."""
+class _ReadyFor:
+    """An array that DLPack hands over for use on the stream of a call, which CuPy's from_dlpack would not ask for."""
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, stream: int, array: Any) -> None:
+        self._stream = stream
         self._array = array
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._array.__dlpack_device__()
 
     def __dlpack__(self, **_: Any) -> Any:
-        return self._array.__dlpack__(stream=-1)
+        return self._array.__dlpack__(stream=self._stream or _LEGACY_STREAM)
 
 
 def _read_interface(name: str, array: Any, writable: bool) -> FlatArray:

@@ -73,7 +73,7 @@ def pack_gradients(
     stream: int,
 ) -> None:
     """packed slice k = cast(grads[k] * scales[k]), zeros for None; float64 squared_norms [num_grads] is written."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     pairs = pack_slices(read, grads, scales, sizes, packed)
     norms = read.vector("squared_norms", squared_norms, len(pairs), writable=True)
     read.check_disjoint()
@@ -93,7 +93,7 @@ def pack_gradients(
 
 def unpack_gradients(packed: Array, outs: Sequence[Array], add: bool, device: int, stream: int) -> None:
     """outs[k] = packed slice k, or outs[k] += it; mutates `outs`."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     pairs = unpack_slices(read, packed, outs)
     read.check_disjoint()
     if not pairs:
@@ -112,7 +112,7 @@ def unpack_gradients(packed: Array, outs: Sequence[Array], add: bool, device: in
 
 def add_packed(out: Array, packed: Array, device: int, stream: int) -> None:
     """out += packed, of one dtype and size; mutates `out`."""
-    total, source = packed_pair(DeviceReader(device), out, packed)
+    total, source = packed_pair(DeviceReader(device, stream), out, packed)
     if total.size == 0:
         return
     grid = grid_of(num_chunks_of(total.size))
@@ -126,7 +126,7 @@ def add_packed(out: Array, packed: Array, device: int, stream: int) -> None:
 
 def squared_norms(grads: Any, sizes: np.ndarray | None, squared_norms: Array, device: int, stream: int) -> None:
     """float64 squared_norms [num_grads] is written."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     arrays = norm_slices(read, grads, sizes)
     norms = read.vector("squared_norms", squared_norms, len(arrays), writable=True)
     read.check_disjoint()
@@ -154,7 +154,7 @@ def lars_update(
     stream: int,
 ) -> None:
     """LARS in place on `params` and `momenta`; the two last arrays, float64 [num_tensors], are written."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     tensors = update_tensors(read, params, momenta, grads, hyper, 5, adapt=adapt)
     count = len(tensors)
     known_params = _known_norms(read, "param_norms", param_norms, count)
@@ -206,7 +206,7 @@ def sgd_update(
     stream: int,
 ) -> None:
     """SGD with momentum in place on `params` and `momenta`; float64 grad_norms [num_tensors] is written."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     tensors = update_tensors(read, params, momenta, grads, hyper, 3)
     norms = read.vector("grad_norms", grad_norms, len(tensors), writable=True)
     read.check_disjoint()

@@ -35,7 +35,7 @@ def sample_layers(
     run_length: int | None = None,
 ) -> None:
     """bool active [num_layers] is written; probabilities: float64 [num_layers]."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     p = read.vector("probabilities", probabilities)
     is_active = read.vector("active", active, p.size, "bool", writable=True)
     read.check_disjoint()
@@ -57,7 +57,7 @@ def project_probabilities(
     log_weights: Array, probabilities: Array, device: int, stream: int, *, budget: float, p_min: float
 ) -> None:
     """float64 probabilities [num_layers] is written; log_weights: float64 [num_layers]."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     log_w = read.vector("log_weights", log_weights)
     q = read.vector("probabilities", probabilities, log_w.size, writable=True)
     read.check_disjoint()
@@ -88,7 +88,7 @@ def update_probabilities(
     shift: bool,
 ) -> None:
     """float64 gradient_bound [1] and updated [num_layers] are written; bool active [num_layers], else float64."""
-    read = DeviceReader(device)
+    read = DeviceReader(device, stream)
     p = read.vector("probabilities", probabilities)
     n2 = read.vector("squared_norms", squared_norms, p.size)
     is_active = read.vector("active", active, p.size, "bool")

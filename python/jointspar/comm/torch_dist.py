@@ -85,7 +85,7 @@ class TorchTransport(ProcessTransport):
     def start_headers(self, words: np.ndarray, *, what: str) -> ProcessHeaders:
         self._check_usable(what)
         own = torch.from_numpy(check_words(words))
-        rows = torch.empty((self.world_size, own.numel()), dtype=torch.int64)
+        rows = torch.empty((self.world_size, own.numel()), dtype=torch.int64, device="cpu")
         record = self.recorder.start(what, "header", words.nbytes)
         work = self._call(what, dist.all_gather, list(rows), own, group=self._headers, async_op=True)
         self.bytes_sent += words.nbytes * (self.world_size - 1)

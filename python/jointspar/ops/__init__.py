@@ -7,8 +7,10 @@ naming the argument; nothing was written then. The `native` backend also takes b
 torch.compile compiles calls these outside of it: they are no torch operations, and break its graphs.
 
 On CUDA arrays (torch, CuPy, or anything with DLPack or `__cuda_array_interface__`) an operation is put on the current
-stream of the arrays' library and returns at once: results are device arrays, and no value of a device array is looked
-at, so that NaN or out-of-range values in them raise nothing. Settings given as device arrays are copied to the host,
+stream of torch or CuPy, or on the one that an array of another library names, and returns at once: results are device
+arrays, and no value of a device array is looked at, so that NaN or out-of-range values in them raise nothing. An array
+of another library is asked by DLPack to be ready for that stream; the library itself has to wait for what is written
+into one. Settings given as device arrays are copied to the host,
 and norms, probabilities or a bound given as host values to the device: both wait.
 """
 

@@ -86,8 +86,8 @@ class LarsUpdate:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The norms, since measuring them again may give other bits, and how far it is to the next measuring."""
         everything, pointers = np.arange(len(self._parameters)), self._all_pointers()
-        norms = torch.as_tensor(self._still_valid(everything, self._parameters, pointers))
-        return {"norms": norms.cpu(), "steps": torch.tensor(self._steps)}
+        norms = torch.as_tensor(self._still_valid(everything, self._parameters, pointers), device="cpu")
+        return {"norms": norms, "steps": torch.tensor(self._steps, device="cpu")}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError for a state of other parameters. In an empty one nothing is carried."""
@@ -104,7 +104,7 @@ class LarsUpdate:
         saved = state["norms"].to(self._norms)
         measured = torch.sqrt(ops.squared_norms(list(self._parameters)))
         tolerances = [_SAME_WEIGHTS.get(parameter.dtype, _SAME_WEIGHTS_IN_FLOAT) for parameter in self._parameters]
-        is_same = (saved - measured).abs() <= torch.tensor(tolerances).to(measured) * measured
+        is_same = (saved - measured).abs() <= torch.tensor(tolerances, device="cpu").to(measured) * measured
         everything, norms = np.arange(len(self._parameters)), torch.where(is_same, saved, torch.nan)
         self._carry(everything, self._parameters, self._all_pointers(), norms)
         self._steps = int(state["steps"])

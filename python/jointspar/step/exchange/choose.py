@@ -154,8 +154,11 @@ class Chooser:
             return self._custom.state_dict()
         if self.costs is None:
             return {}
-        seconds = {name: torch.tensor(column, dtype=torch.float64) for name, column in self.costs.seconds.items()}
-        return seconds | {"num_bytes": torch.tensor(self.costs.num_bytes), "world_size": torch.tensor(self._world_size)}
+        seconds = {
+            name: torch.tensor(column, dtype=torch.float64, device="cpu") for name, column in self.costs.seconds.items()
+        }
+        counts = {"num_bytes": self.costs.num_bytes, "world_size": self._world_size}
+        return seconds | {name: torch.tensor(count, device="cpu") for name, count in counts.items()}
 
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError for a state that a custom exchange cannot take, or for costs that say nothing."""

@@ -18,7 +18,7 @@ class Staged:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._read_back: torch.cuda.Event | None = None
 
     def __call__(self, transport: Transport, packed: torch.Tensor, *, what: str, slices: Slices | None = None) -> None:
@@ -36,5 +36,7 @@ class Staged:
     def _host_memory(self, packed: torch.Tensor) -> torch.Tensor:
         num_bytes = packed.numel() * packed.element_size()
         if self._memory.numel() < num_bytes:
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=packed.device.type == "cuda")
+            self._memory = torch.empty(
+                num_bytes, dtype=torch.uint8, device="cpu", pin_memory=packed.device.type == "cuda"
+            )
         return self._memory[:num_bytes].view(packed.dtype)
