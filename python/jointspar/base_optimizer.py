@@ -151,6 +151,13 @@ class JointSparOptimizer(SavedOptimizer):
 
     # One iteration -----------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any torch optimizer's; drops what `synchronize` exchanged as well, on all ranks where all call it."""
+        self._drop_exchanged()
+        super().zero_grad(set_to_none)
+
+    @torch.compiler.disable  # collectives, and decisions of the host
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
         """Exchange the gradients of active layers, update, and draw the layers of the next iteration.
@@ -166,8 +173,12 @@ class JointSparOptimizer(SavedOptimizer):
         """
         try:
             return self._step(closure, max_norm)
+        except JointSparError:
+            self._forget_scaler()
+            raise
         except BaseException:
             self._forget_scaler()
+            self._pipeline.draw_what_was_left()
             raise
 
     def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
@@ -180,8 +191,7 @@ class JointSparOptimizer(SavedOptimizer):
         if closure is not None and self._exchanged is not None:
             raise ValueError("closure: the gradients were exchanged already; call step() without it")
         if getattr(self, "grad_scale", None) is not None and self._exchanged is not None:
-            self._exchanged = None
-            self._pipeline.exchange.discard()
+            self._drop_exchanged()
             raise JointSparError(
                 "scaled gradients were exchanged: call scaler.unscale_(optimizer) before synchronize(). What was "
                 "exchanged is dropped; the step can be made again"
@@ -200,6 +210,7 @@ class JointSparOptimizer(SavedOptimizer):
         self._pipeline.finish_step(exchanged)
         return loss
 
+    @torch.compiler.disable
     @torch.no_grad()
     def synchronize(self, *, max_norm: float | None = None) -> None:
         """Exchange the gradients now, so that `mean_grads` can be looked at or changed before `step()`.
@@ -297,6 +308,11 @@ class JointSparOptimizer(SavedOptimizer):
     def finish(self) -> None:
         """Agree with all ranks that training is over. Collective; runs at exit where it was not called."""
         self._pipeline.agreement.finish()
+
+    def _drop_exchanged(self) -> None:
+        if self._exchanged is not None:
+            self._exchanged = None
+            self._pipeline.exchange.discard()
 
     def _forget_scaler(self) -> None:
         """Drop what GradScaler left for a step that was not made: it would multiply its scale by it next time."""

@@ -63,6 +63,7 @@ class EarlyExchange:
         """A new step."""
         self._phase = _Phase.ARMED
         self.why_void: str | None = None
+        self._is_left = False  # by an exception: what is packed and sent may not fit together
         self._sum: GradientSum | None = None
         self._jobs: list[Job] = []  # the agreement, then a bucket each
         self._num_started = 0
@@ -85,6 +86,19 @@ class EarlyExchange:
         """Backward has accumulated a parameter's gradient. At the first one it waits for the plans of all ranks."""
         if self._is_paused or self._phase == _Phase.OVER or _latest[self._transport]() is not self:
             return
+        if not self._is_left:
+            with self._noticing_exceptions():
+                self._note(position)
+
+    @contextmanager
+    def _noticing_exceptions(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._is_left = True
+            raise
+
+    def _note(self, position: int) -> None:
         is_first = self._phase == _Phase.ARMED
         if is_first:
             with torch.no_grad():
@@ -106,6 +120,15 @@ class EarlyExchange:
         `unscale_`, writes through `.data`), by another norm.
         Raises what the exchange raised.
         """
+        if self._is_left:
+            self.why_void = "backward or step() was left by an exception"
+            if self._phase == _Phase.UNDER_WAY:
+                self._give_back(self.why_void)
+            return None
+        with self._noticing_exceptions():
+            return self._finish()
+
+    def _finish(self) -> GradientSum | None:
         if self._phase == _Phase.ARMED:
             self._open()
         total = self._sum
@@ -152,17 +175,18 @@ class EarlyExchange:
                 self._packed.append((position, grad, 0 if grad is None else grad._version))
             self._start_next()
 
-    def _give_back(self) -> None:
+    def _give_back(self, why: str = "ranks met for something else between backward and step()") -> None:
         """Somebody else needs the transport: the other ranks get what they wait for, though it is worth nothing."""
-        self.why_void = "ranks met for something else between backward and step()"
+        self.why_void = why
         self._transport.is_in_background = False
         while self._num_started < len(self._jobs):
             self._start_next()
         self._end()
 
     def _start_next(self) -> None:
-        self._work.jobs.append(self._jobs[self._num_started])
+        job = self._jobs[self._num_started]
         self._num_started += 1
+        self._work.jobs.append(job)
         if self._thread is not None:
             self._thread.run(self._work.run_next)
 

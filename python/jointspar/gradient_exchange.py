@@ -148,7 +148,7 @@ class GradientExchange:
         why = early.why_void
         if grad_scale != 1.0:
             why = "a GradScaler unscales gradients after backward"
-        elif (self._backward.updatable != self._updatable_early).any():
+        elif why is None and (self._backward.updatable != self._updatable_early).any():
             why = "parameters were frozen or thawed after backward"
         if why is None:
             return total

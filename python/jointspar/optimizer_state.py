@@ -47,19 +47,23 @@ class SavedOptimizer(torch.optim.Optimizer):
         for parameter, momentum in zip(self._parameters, self._momenta, strict=True):  # whatever `state` was made since
             self.state.setdefault(parameter, {})["momentum_buffer"] = momentum
         own = self._pipeline.state_dict() | {"update": self._update.state_dict()}
-        return super().state_dict() | {"jointspar": own}
+        state, names = super().state_dict(), self._pipeline.layers.names
+        groups = [group | {"param_names": [names[k] for k in group["params"]]} for group in state["param_groups"]]
+        return state | {"param_groups": groups, "jointspar": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`, exactly, once the weights are loaded. Collective: every rank loads its own.
 
         Freezes and thaws parameters as they were then; `set_trainable` afterwards changes that.
-        Raises ValueError for a state of other parameters or layers; nothing was changed then.
+        Raises ValueError for a state of other parameters, of another order of them, or of other layers; nothing was
+        changed then. Parameters may have other names than those of the state.
         """
         self._pipeline.backward.check_owner()
         self.check_state_dict(state_dict)
         loaded = [state_dict["state"][index]["momentum_buffer"] for index in range(len(self._momenta))]
-        super().load_state_dict(state_dict)
+        groups = [_without_names(group) for group in state_dict["param_groups"]]
+        super().load_state_dict(state_dict | {"param_groups": groups})
         for parameter, momentum, value in zip(self._parameters, self._momenta, loaded, strict=True):
             momentum.copy_(value)  # torch would have cast it to the parameter's dtype
             self.state[parameter]["momentum_buffer"] = momentum
@@ -88,15 +92,32 @@ class SavedOptimizer(torch.optim.Optimizer):
         groups, state = state_dict["param_groups"], state_dict["state"]
         if [group["params"] for group in groups] != self._numbers_by_group():
             raise ValueError("state_dict: its parameter groups are of other sizes")
+        self._check_order([name for group in groups for name in group.get("param_names", [])])
         for index, parameter in enumerate(self._parameters):
             momentum = state.get(index, {}).get("momentum_buffer")
             if momentum is None or momentum.shape != parameter.shape:
                 raise ValueError(f"state_dict: has no momentum_buffer of the shape of parameter {index}")
         check_hyperparameters(groups, self._hyper_names)
 
+    def _check_order(self, saved: list[str]) -> None:
+        """Raises ValueError where a parameter stood at another place. Older states have no names."""
+        names = self._pipeline.layers.names
+        place_of = {name: place for place, name in enumerate(names)}
+        for place, name in enumerate(saved):
+            if place_of.get(name, place) != place:
+                raise ValueError(
+                    f"state_dict: parameter {place} was {name!r}, which is parameter {place_of[name]} here: build the "
+                    "optimizer with its parameters in the same order"
+                )
+
     def _numbers_by_group(self) -> list[list[int]]:
         """What stands for the parameters in a state."""
         return [group["params"] for group in super().state_dict()["param_groups"]]
+
+
+def _without_names(group: dict[str, Any]) -> dict[str, Any]:
+    """Torch would keep the names in the group."""
+    return {name: value for name, value in group.items() if name != "param_names"}
 
 
 def _on_host(value: Any) -> Any:

@@ -75,6 +75,7 @@ class Pipeline:
         self.step_count = 0
         self.skipped_in_a_row = 0
         self.flops: np.ndarray | None = None  # int64 [num_layers], of weight gradients
+        self._is_drawn = False  # whether the next iteration's layers are drawn, told to the others and set, all of it
         self._lesson: Lesson | None = None  # with lag=1, of the step before: it is read when it has long arrived
         self.exchange = GradientExchange(
             layers, sampling, comm, self.agreement, self.backward, self.packer, self.chooser, overlap=overlap
@@ -155,6 +156,7 @@ class Pipeline:
 
         With lag=1 the lesson is that of the step before, whose norms have long arrived.
         """
+        self._is_drawn = False
         eligible = self.distribution.eligible
         active_fraction = float(self.active[eligible].mean()) if eligible.any() else 1.0
         flops_skipped = None if self.flops is None else int(self.flops[eligible & ~self.active].sum())
@@ -177,6 +179,7 @@ class Pipeline:
 
     def draw_next(self) -> None:
         """Stages 1 and 2 of the coming iteration; its plan travels during the next forward."""
+        self._is_drawn = False
         with self.stats.phase("sample"):
             self.drawn = probabilities_to_draw(self.distribution.probabilities, self.sampling, self.step_count)
             self.active = draw_layers(
@@ -192,6 +195,13 @@ class Pipeline:
         alike = {"independent": [], "stratified": [self.drawn], "shared": [self.drawn, self.active]}
         with self._counting_bytes():
             self.agreement.post_plan(self.step_count, self.active, alike[self.sampling.strategy])
+        self._is_drawn = True
+
+    def draw_what_was_left(self) -> None:
+        """After an exception from outside (KeyboardInterrupt, a signal handler's) that may have left `draw_next`."""
+        if not self._is_drawn and not self.agreement.is_over:
+            self.backward.reread_flags()
+            self.draw_next()
 
     @property
     def is_rank_local(self) -> bool:
@@ -243,6 +253,7 @@ class Pipeline:
         """The layers of the step that a state was saved before. What was frozen or thawed since then acts after it."""
         trainable = self.backward.trainable.copy()
         self.backward.trainable[:] = np.asarray(state.get("trainable_before", trainable))  # earlier states have none
+        self.backward.reread_flags()
         self._follow_frozen()
         self.draw_next()
         self.backward.trainable[:] = trainable

@@ -165,9 +165,9 @@ def test_another_owner_of_the_same_parameters_starts_from_the_user_s_flags():
     first.activate(np.array([True, False, False]))
     second = ActiveBackward(parameters)
     assert second.trainable.tolist() == [True] * 3
-    second.activate(np.array([False, True, False]))
+    second.activate(np.array([True, True, False]))
     del first
-    assert flags(parameters) == [False, True, False]
+    assert flags(parameters) == [True, True, False]
     del second
     assert flags(parameters) == [True] * 3
 
@@ -209,5 +209,45 @@ def test_layers_given_back_after_backward_count_as_what_could_have_no_gradient()
     model(torch.randn(5, 2)).sum().backward()
     backward.release()  # all flags are on again, as if the others could have had one
     backward.observe()
+    backward.activate(np.array([True, True, False]))
+    model(torch.randn(5, 2)).sum().backward()
+    backward.observe()
     backward.activate(np.array([False, True, False]))
     assert flags(parameters) == [False, True, False]  # it is not taken for a head that losses leave out
+
+
+class WithUnused(nn.Module):
+    """Layers of which the loss depends on all but one."""
+
+    def __init__(self, unused):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
+        self.unused = unused
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            x = x if index == self.unused else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("unused", [1, 2])
+def test_a_layer_that_no_loss_depends_on_may_be_the_only_one_wanted_at_any_time(unused):
+    only = np.arange(3) == unused
+    for wanted_before in ([], [~only], [only, ~only], [np.array([True, False, False])]):
+        model = WithUnused(unused)
+        backward = ActiveBackward(list(model.parameters()))
+        for wanted in (*wanted_before, only, only):
+            backward.activate(wanted)
+            model.zero_grad()
+            model(torch.randn(5, 2)).sum().backward()
+            backward.observe()
+
+
+def test_before_anything_is_known_one_parameter_more_stays_differentiable_and_later_none():
+    model, parameters = make()
+    backward = ActiveBackward(parameters)
+    for expected in ([True, False, True], [False, False, True]):
+        backward.activate(np.array([False, False, True]))
+        assert flags(parameters) == expected
+        model(torch.randn(5, 2)).sum().backward()
+        backward.observe()

@@ -1,6 +1,7 @@
 """What users of PyTorch do beside plain training, and what an optimizer says where it cannot go along."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -240,3 +241,72 @@ def test_warnings_point_at_the_line_that_made_the_step():
         optimizer.step()
     assert {warning.filename for warning in caught} == {__file__}
     assert "got no gradient" in str(caught[0].message)
+
+
+def test_zero_grad_drops_what_was_exchanged():
+    """As it drops gradients: synchronize(), a look, and a batch that is left out."""
+    model = make_model()
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL, **PLAIN)
+    backward(model, 5.0)
+    optimizer.synchronize()
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.synchronize()
+    wanted = [parameter - parameter.grad for parameter in model.parameters()]
+    optimizer.step()
+    for parameter, value in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.detach(), value.detach())
+
+
+def test_a_train_step_that_is_compiled_whole_does_what_the_plain_one_does():
+    weights = []
+    for wrap in (lambda function: function, torch.compile(backend="eager")):
+        model = make_model()
+        optimizer = js.JointSparLARS(model.named_parameters(), lr=0.1)
+
+        @wrap
+        def train(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+
+        for _ in range(8):
+            train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0])
+
+
+@pytest.mark.parametrize("by_checkpoint", [False, True])
+def test_a_state_of_parameters_in_another_order_is_refused_and_one_of_other_names_loads(tmp_path, by_checkpoint):
+    model = make_model()
+    saved = js.JointSparSGD(model.named_parameters(), sampling=ALL)
+    backward(model)
+    saved.step()
+    js.checkpoint.save(tmp_path, model=model, optimizer=saved)
+    named = list(model.named_parameters())
+    other = js.JointSparSGD(named[2:] + named[:2], sampling=ALL)
+    momenta = [other.state[parameter]["momentum_buffer"].clone() for parameter in model.parameters()]
+    by_torch, by_js = lambda: other.load_state_dict(saved.state_dict()), js.checkpoint.load
+    load = partial(by_js, tmp_path, model=model, optimizer=other) if by_checkpoint else by_torch
+    with pytest.raises((ValueError, JointSparError), match=r"parameter 0 was '0.weight', which is parameter 6 here"):
+        load()
+    for parameter, momentum in zip(model.parameters(), momenta, strict=True):
+        assert torch.equal(other.state[parameter]["momentum_buffer"], momentum)
+    renamed = js.JointSparSGD([(f"new.{name}", parameter) for name, parameter in named], sampling=ALL)
+    renamed.load_state_dict(saved.state_dict())
+    assert "param_names" not in renamed.param_groups[0]
+    for parameter in model.parameters():
+        assert torch.equal(*(each.state[parameter]["momentum_buffer"] for each in (renamed, saved)))
+
+
+def test_a_state_thaws_what_a_flag_froze_just_before():
+    model = make_model()
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL, **PLAIN)
+    state = optimizer.state_dict()
+    model[1].requires_grad_(False)
+    optimizer.load_state_dict(state)
+    before = model[1].weight.clone()
+    backward(model)
+    optimizer.step()
+    assert not torch.equal(model[1].weight, before)

@@ -42,7 +42,8 @@ class ActiveBackward:
         self.trainable_before = self.trainable.copy()  # when the iteration under way began
         self._as_set = self.trainable.copy()
         self._as_activated = self.trainable.copy()  # the same, but for what the user and `release` set since
-        self._fallback = len(parameters) - 1
+        self._fallback: int | None = None
+        self._has_had_grad = np.zeros(len(parameters), dtype=bool)
         self._is_reached = self.trainable.copy()  # whether every loss so far depended on it, as far as is known
         self._note: weakref.WeakMethod[Callable[[int], None]] | None = None
         self._watched: dict[int, RemovableHandle] = {}
@@ -112,6 +113,7 @@ class ActiveBackward:
         has_grad = np.array([parameter.grad is not None for parameter in self._parameters], dtype=bool)
         if not has_grad.any():  # no backward in this step
             return
+        self._has_had_grad |= has_grad
         self._is_reached &= has_grad | ~(self._as_set & self._as_activated)
         reached = np.flatnonzero(has_grad & self._is_reached)
         self._fallback = int(reached[-1] if reached.size else np.flatnonzero(has_grad)[-1])
@@ -125,15 +127,16 @@ class ActiveBackward:
     def activate(self, wanted: np.ndarray) -> None:
         """Let autograd compute the gradients of `wanted` parameters (bool [num_parameters]) and of no others.
 
-        Where nothing is wanted, or only what once got no gradient when it could (a head that some losses leave out),
-        the last trainable parameter that had one whenever it could stays differentiable, so that the user's
-        `loss.backward()` works; its gradient is discarded. Before a head was left out nothing is known of it.
+        Where nothing is wanted of which a gradient is sure to come (not a head that some losses leave out, nor a layer
+        that had none yet), another parameter stays differentiable, so that the user's `loss.backward()` works; its
+        gradient is discarded. That is the last trainable one that had a gradient whenever it could; before the first
+        backward, when nothing is known of any, the first one, on which most losses depend.
         """
         self.check_owner()
         flags = wanted & self.trainable
-        if not (flags & self._is_reached).any() and self.trainable.any():
-            fallback = self._fallback if self.trainable[self._fallback] else np.flatnonzero(self.trainable)[-1]
-            flags[fallback] = True
+        if not (flags & self._is_reached & self._has_had_grad).any() and self.trainable.any():
+            is_usable = self._fallback is not None and self.trainable[self._fallback]
+            flags[self._fallback if is_usable else np.flatnonzero(self.trainable)[0]] = True
         changed = np.flatnonzero(flags != self._as_set)
         for index, flag in zip(changed.tolist(), flags[changed].tolist(), strict=True):
             self._parameters[index].requires_grad = flag
@@ -141,6 +144,10 @@ class ActiveBackward:
         self.trainable_before[:] = self.trainable
         if self._note is not None:
             self._watch_differentiable()
+
+    def reread_flags(self) -> None:
+        """Take the flags as they are for set here, whoever set them; the next `activate` changes what it needs to."""
+        self._as_set[:] = self._found_flags()
 
     def release(self) -> None:
         """Give requires_grad back: as it was found, but for what the user changed since. `activate` takes it again."""
