@@ -38,7 +38,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
 
-    Of `extra` and the scheduler rank 0's are written, and every rank loads them.
+    Of `extra` and the scheduler rank 0's are written, and every rank loads them. Numbers there and in parameter groups
+    may be tensors of one element, which come back as such.
 
     Args:
         directory: made where it is missing; a file system that all ranks see. One or more for each optimizer.
@@ -115,6 +116,7 @@ def load(
         run = _checked_run(manifest.get("run", ""))
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
         optimizer.check_state_dict(state)
+        _move_to_devices_of(optimizer.param_groups, groups)
         torch.Generator().set_state(own["random_state"])
         if "device_random_state" in own and own["device_random_state"].dtype != torch.uint8:
             raise ValueError("its random state of the device is malformed")
@@ -149,6 +151,14 @@ def _checked_run(run: str) -> str:
     if not re.fullmatch(r"([0-7][0-9a-f]{15})?", run):
         raise ValueError("its run is malformed")
     return run
+
+
+def _move_to_devices_of(present: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Rates in tensors go where those are in whose place they come; what the manifest holds is in host memory."""
+    for here, group in zip(present, loaded, strict=True):
+        for name, value in group.items():
+            if isinstance(value, torch.Tensor) and isinstance(here.get(name), torch.Tensor):
+                group[name] = value.to(here[name].device)
 
 
 def _load_scheduler(scheduler: Any, state: object) -> None:
