@@ -59,7 +59,8 @@ def save(
     """
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
-    final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
+    name = on_disk.folder_name(step)
+    final, partial = directory / name, directory / f".partial-{name}"
     problem, settings = None, {}
     try:
         if keep < 1:

@@ -42,7 +42,19 @@ def rank_file(rank: int) -> str:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return sorted((path for path in directory.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted((path for path in directory.glob("step-*") if path.is_dir()), key=_place, reverse=True)
+
+
+def folder_name(step: int) -> str:
+    """A checkpoint's; from step 100,000,000 on it is longer, so names are compared by `_place` and not as text."""
+    return f"step-{step:08d}"
+
+
+def _place(folder: Path) -> tuple[bool, int, str]:
+    """Orders folders by their steps; what users named otherwise comes first without a suffix, last with a word."""
+    name = folder.name.removeprefix("step-")
+    digits = name[: len(name) - len(name.lstrip("0123456789"))]
+    return bool(name) and not digits, int(digits or -1), name
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -170,7 +182,7 @@ def publish(partial: Path, final: Path, keep: int) -> None:
     os.replace(partial, final)
     sync_folder(final.parent)
     shutil.rmtree(former, ignore_errors=True)
-    older = [folder for folder in checkpoints_in(final.parent) if folder.name < final.name]
+    older = [folder for folder in checkpoints_in(final.parent) if _place(folder) < _place(final)]
     for old in older[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -193,7 +205,7 @@ def refuse_others(directory: Path, final: Path, run: str | None) -> None:
             continue
         except OSError as error:
             raise Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
-        if folder.name > final.name:
+        if _place(folder) > _place(final):
             raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
         if run is None or found != run:
             raise CheckpointError(

@@ -461,6 +461,39 @@ def test_a_first_save_that_was_interrupted_at_its_end_can_be_repeated(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000000", "step-00000001"]
 
 
+def at_step(optimizer, step):
+    state = optimizer.state_dict()
+    state["jointspar"]["step"] = step
+    optimizer.load_state_dict(state)
+
+
+def test_steps_of_more_digits_than_eight_are_later(tmp_path):
+    model, optimizer, scheduler = make()
+    at_step(optimizer, 10**8 - 2)
+    for step in range(10**8 - 1, 10**8 + 3):
+        train(model, optimizer, scheduler, 1)
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, extra={"step": step})
+        assert folder.name == f"step-{step}"
+        kept = {f"step-{each}" for each in (step - 1, step) if each >= 10**8 - 1}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        assert js.checkpoint.load(tmp_path, model=model, optimizer=optimizer) == {"step": step}
+    at_step(optimizer, 2**32 - 1)
+    assert js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, keep=1).name == "step-4294967295"
+    assert len(list(tmp_path.iterdir())) == 1
+    at_step(optimizer, 99_999_999)
+    with pytest.raises(CheckpointError, match="holds the later step-4294967295"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_folders_stand_in_the_order_of_their_steps_and_other_names_where_they_stood(tmp_path):
+    names = ["step-", "step-00000002", "step-00000002-copy", "step-3", "step-00000010", "step-0099999999",
+             "step-100000000", "step-4294967295", "step-best", "step-last"]  # fmt: skip
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000011").write_text("no folder")
+    assert [path.name for path in checkpoint_files.checkpoints_in(tmp_path)] == names[::-1]
+
+
 def test_a_run_that_loaded_an_earlier_one_saves_beside_it(tmp_path, monkeypatch):
     model, optimizer, scheduler = make()
     train(model, optimizer, scheduler, 2)
