@@ -24,7 +24,10 @@ from jointspar.comm.hashing import stable_hash
 from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
 from jointspar.errors import CheckpointError, warn_user
+from jointspar.model_state import each_once, repeats_alike
 from jointspar.plain_json import from_json, to_json
+
+_PROBLEM_BYTES = 512  # of a rank's error that other ranks repeat
 
 
 def save(
@@ -38,7 +41,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of model, optimizer, scheduler and `extra` (plain JSON data). Collective.
 
-    Of `extra` and the scheduler rank 0's are written, and every rank loads them.
+    Of `extra` and the scheduler rank 0's are written, and every rank loads them. Numbers there and in parameter groups
+    may be tensors of one element, which come back as such.
 
     Args:
         directory: made where it is missing; a file system that all ranks see. One or more for each optimizer.
@@ -46,28 +50,28 @@ def save(
         keep: how many checkpoints stay; older ones are deleted after this one is complete.
 
     Returns: the checkpoint's folder.
-    Raises: DesyncError where another rank does something else, OSError where the folder cannot be written, TypeError
-    for `extra` or scheduler state that JSON cannot hold or a model's state that is no tensor, ValueError for more than
-    32 MiB of JSON, CheckpointError where the directory holds later steps, or checkpoints of another optimizer or run:
-    a run begins with an optimizer, and goes on with every one that loads a checkpoint of it.
+    Raises: DesyncError where another rank does something else, OSError where the folder cannot be written. Before
+    anything is written, and with a CheckpointError on the other ranks: TypeError for `extra` or scheduler state that
+    JSON cannot hold, or for a model's state that is no tensor, sparse, nested, quantized or of a dtype that safetensors
+    lacks, ValueError for more than 32 MiB of JSON, CheckpointError where the directory holds later steps, or
+    checkpoints of another optimizer or run: a run begins with an optimizer, and goes on with every one that loads a
+    checkpoint of it.
     """
-    if keep < 1:
-        raise ValueError(f"keep: {keep} is not at least 1")
-    for name, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"model: {name!r} of its state is a {type(value).__name__}: only tensors can be saved")
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
-    final, partial = directory / f"step-{step:08d}", directory / f".partial-step-{step:08d}"
-    on_disk.refuse_others(directory, final, optimizer._run)
-    settings: dict[str, Any] = {
-        "param_groups": to_json(state["param_groups"]),
-        "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
-        "extra": to_json(extra or {}),
-    }
-    if len(json.dumps(settings, indent=1)) > on_disk.MAX_MANIFEST_BYTES // 2:
-        raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
+    name = on_disk.folder_name(step)
+    final, partial = directory / name, directory / f".partial-{name}"
+    problem, settings = None, {}
+    try:
+        if keep < 1:
+            raise ValueError(f"keep: {keep} is not at least 1")
+        on_disk.check_model(model)
+        on_disk.refuse_others(directory, final, optimizer._run)
+        settings = _settings(state, scheduler, extra)
+    except Exception as error:  # whatever it is: the other ranks are to hear of it, not to wait
+        problem = error
     optimizer.meet(Op.SAVE)
+    _agree_that_all_can_save(comm, problem)
     settings["run"] = optimizer._run = _agreed_run(comm, optimizer._run)
     if comm.rank == 0:
         on_disk.make_partial(partial)
@@ -102,11 +106,7 @@ def load(
     """
     folder, manifest, shared, own = _newest_sound(Path(directory), optimizer)
     weights = _take(shared, "model.") | _take(own, "model.")
-    expected = model.state_dict()
-    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != {
-        name: tuple(tensor.shape) for name, tensor in expected.items()
-    }:
-        raise CheckpointError(f"{folder}: is of another model (names or shapes of its tensors differ)")
+    expected = _targets(folder, model, weights)
     if scheduler is not None and manifest["scheduler"] is None:
         raise CheckpointError(f"{folder}: was saved without a scheduler")
     try:
@@ -115,6 +115,7 @@ def load(
         run = _checked_run(manifest.get("run", ""))
         state = {"state": momenta, "param_groups": groups, "jointspar": _unflatten(own)}
         optimizer.check_state_dict(state)
+        _move_to_devices_of(optimizer.param_groups, groups)
         torch.Generator().set_state(own["random_state"])
         if "device_random_state" in own and own["device_random_state"].dtype != torch.uint8:
             raise ValueError("its random state of the device is malformed")
@@ -124,7 +125,7 @@ def load(
         raise CheckpointError(f"{folder}: {error}") from error
     with torch.no_grad():
         for name, tensor in expected.items():
-            tensor.copy_(weights[name])
+            each_once(tensor).copy_(each_once(weights[name], like=tensor))
     optimizer.load_state_dict(state)
     optimizer._run = run
     if manifest["world_size"] == optimizer.comm.world_size:
@@ -134,6 +135,34 @@ def load(
     else:  # every rank read rank 0's; alike on all ranks, dropout and augmentation would be the same on all
         torch.manual_seed(stable_hash([own["random_state"], np.array(optimizer.comm.rank)]))
     return extra
+
+
+def _settings(state: dict[str, Any], scheduler: Any, extra: dict[str, Any] | None) -> dict[str, Any]:
+    """What the manifest holds of the optimizer's groups, the scheduler and `extra`."""
+    settings = {
+        "param_groups": to_json(state["param_groups"]),
+        "scheduler": to_json(scheduler.state_dict()) if scheduler is not None else None,
+        "extra": to_json(extra or {}),
+    }
+    if len(json.dumps(settings, indent=1)) > on_disk.MAX_MANIFEST_BYTES // 2:
+        raise ValueError("extra: with the scheduler's state it is too long, more than 32 MiB of JSON")
+    return settings
+
+
+def _agree_that_all_can_save(comm: Transport, problem: Exception | None) -> None:
+    """Raise this rank's problem, or CheckpointError with that of the first rank that has one. Collective."""
+    words = np.zeros(1 + _PROBLEM_BYTES // 8, dtype=np.int64)
+    if problem is not None:
+        words[0] = 1
+        text = np.frombuffer(str(problem).encode(errors="replace")[:_PROBLEM_BYTES], dtype=np.uint8)
+        words[1:].view(np.uint8)[: text.size] = text
+    rows = comm.start_headers(words, what="whether all ranks can save").wait()
+    if problem is not None:
+        raise problem
+    if rows[:, 0].any():
+        first = int(rows[:, 0].argmax())
+        reason = rows[first, 1:].tobytes().rstrip(b"\0").decode(errors="replace")
+        raise CheckpointError(f"rank {first} cannot save: {reason}")
 
 
 def _agreed_run(comm: Transport, run: str | None) -> str:
@@ -149,6 +178,33 @@ def _checked_run(run: str) -> str:
     if not re.fullmatch(r"([0-7][0-9a-f]{15})?", run):
         raise ValueError("its run is malformed")
     return run
+
+
+def _targets(folder: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's state, into which all of `weights` can be copied. Raises CheckpointError."""
+    try:
+        on_disk.check_model(model)
+    except TypeError as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
+    expected = model.state_dict()
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != {
+        name: tuple(tensor.shape) for name, tensor in expected.items()
+    }:
+        raise CheckpointError(f"{folder}: is of another model (names or shapes of its tensors differ)")
+    for name, tensor in expected.items():
+        if not repeats_alike(weights[name], tensor):
+            raise CheckpointError(
+                f"{folder}: is of another model: its {name!r} holds several values where this model's expands one"
+            )
+    return expected
+
+
+def _move_to_devices_of(present: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Rates in tensors go where those are in whose place they come; what the manifest holds is in host memory."""
+    for here, group in zip(present, loaded, strict=True):
+        for name, value in group.items():
+            if isinstance(value, torch.Tensor) and isinstance(here.get(name), torch.Tensor):
+                group[name] = value.to(here[name].device)
 
 
 def _load_scheduler(scheduler: Any, state: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,12 +17,14 @@ import torch
 
 from jointspar.errors import CheckpointError
 from jointspar.files import check_plain, sha256, sync_folder, write_whole
+from jointspar.model_state import why_not_plain
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 MAX_MANIFEST_BYTES = 1 << 26  # twice what `save` lets the user add
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of content whose digests are right
+_COMPLEX = "complex128."  # before the name of a tensor that is written as pairs of float64
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -39,12 +42,63 @@ def rank_file(rank: int) -> str:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return sorted((path for path in directory.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted((path for path in directory.glob("step-*") if path.is_dir()), key=_place, reverse=True)
+
+
+def folder_name(step: int) -> str:
+    """A checkpoint's; from step 100,000,000 on it is longer, so names are compared by `_place` and not as text."""
+    return f"step-{step:08d}"
+
+
+def _place(folder: Path) -> tuple[bool, int, str]:
+    """Orders folders by their steps; what users named otherwise comes first without a suffix, last with a word."""
+    name = folder.name.removeprefix("step-")
+    digits = name[: len(name) - len(name.lstrip("0123456789"))]
+    return bool(name) and not digits, int(digits or -1), name
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raises TypeError for a part of its state that no file holds, or into which none is read."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"model: {name!r} of its state is a {type(value).__name__}: only tensors can be saved")
+        fault = why_not_plain(value)
+        if fault is None and not _can_hold(value.dtype):
+            fault = f"is of {value.dtype}, which safetensors does not hold"
+        if fault is not None:
+            raise TypeError(f"model: {name!r} of its state {fault}, so it cannot be saved")
+
+
+@functools.cache
+def _can_hold(dtype: torch.dtype) -> bool:
+    """Whether tensors of this kind come back from a file: that depends on the version of safetensors."""
+    if dtype == torch.complex128:
+        return True
+    try:
+        written = safetensors.torch.save({"it": torch.empty(0, dtype=dtype, device="cpu")})
+        return bool(safetensors.torch.load(written)["it"].dtype == dtype)
+    except MALFORMED:
+        return False
 
 
 def write_tensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    contiguous = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
+    """Tensors as a model has them that `check_model` has passed."""
+    contiguous = {}
+    for name, tensor in tensors:
+        own = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if own.dtype == torch.complex128:  # safetensors has none
+            name, own = f"{_COMPLEX}{name}", torch.view_as_real(own.resolve_conj())
+        contiguous[name] = own
     write_whole(path, safetensors.torch.save(contiguous))
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        if name.startswith(_COMPLEX):
+            tensor = torch.view_as_complex(tensor.clone())  # a file's memory is aligned for one float64, not for two
+        tensors[name.removeprefix(_COMPLEX)] = tensor
+    return tensors
 
 
 def read(
@@ -67,8 +121,7 @@ def read(
         for name, expected in manifest["files"].items():
             if sha256(folder / name) != expected:
                 raise CheckpointError(f"{folder / name}: is damaged (its SHA-256 differs from the manifest's)")
-        shared = safetensors.torch.load_file(folder / SHARED)
-        return manifest, shared, safetensors.torch.load_file(folder / rank_file(rank))
+        return manifest, _read_tensors(folder / SHARED), _read_tensors(folder / rank_file(rank))
     except CheckpointError:
         raise
     except (*_ABSENT, safetensors.SafetensorError, *MALFORMED) as error:
@@ -129,7 +182,7 @@ def publish(partial: Path, final: Path, keep: int) -> None:
     os.replace(partial, final)
     sync_folder(final.parent)
     shutil.rmtree(former, ignore_errors=True)
-    older = [folder for folder in checkpoints_in(final.parent) if folder.name < final.name]
+    older = [folder for folder in checkpoints_in(final.parent) if _place(folder) < _place(final)]
     for old in older[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -152,7 +205,7 @@ def refuse_others(directory: Path, final: Path, run: str | None) -> None:
             continue
         except OSError as error:
             raise Refused(f"{folder}: cannot be read now ({type(error).__name__}: {error})") from error
-        if folder.name > final.name:
+        if _place(folder) > _place(final):
             raise CheckpointError(f"{directory}: holds the later {folder.name}: load it, or save in another directory")
         if run is None or found != run:
             raise CheckpointError(

@@ -90,7 +90,9 @@ class SavedOptimizer(torch.optim.Optimizer):
         self._pipeline.check_state(own)
         self._update.check_state(own.get("update", {}))
         groups, state = state_dict["param_groups"], state_dict["state"]
-        if [group["params"] for group in groups] != self._numbers_by_group():
+        members = [group["params"] for group in groups]
+        are_plain = all(isinstance(number, int) for group in members for number in group)  # a tensor may equal a number
+        if members != self._numbers_by_group() or not are_plain:
             raise ValueError("state_dict: its parameter groups are of other sizes")
         self._check_order([name for group in groups for name in group.get("param_names", [])])
         for index, parameter in enumerate(self._parameters):

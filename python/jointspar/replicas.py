@@ -11,6 +11,7 @@ from jointspar.comm.hashing import stable_hash
 from jointspar.comm.header import current_agreement
 from jointspar.comm.heads import Op
 from jointspar.comm.transport import Transport
+from jointspar.model_state import each_once, why_not_plain
 
 
 @torch.no_grad()
@@ -34,17 +35,23 @@ def sync_buffers(model: torch.nn.Module, comm: Transport | None = None) -> None:
 
     comm: None is `jointspar.comm.world()`. Where the optimizer has a transport of its own, as with on_failure="shrink",
     give comm=optimizer.comm, which is that of the ranks that are left.
-    Raises: DesyncError where the ranks' buffers differ in number, shape or dtype, or another rank does something else.
+    Raises: DesyncError where the ranks' buffers differ in number, shape, dtype or layout, or another rank does
+    something else, TypeError for a buffer that is sparse or nested; no buffer was changed then.
     """
     comm = comm if comm is not None else comm_module.world()
     if comm.world_size == 1:
         return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    shapes = stable_hash([[list(buffer.shape), str(buffer.dtype)] for buffer in buffers])
+    named = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    faults = {name: fault for name, buffer in named.items() if (fault := why_not_plain(buffer)) is not None}
+    buffers = [each_once(buffer) for name, buffer in named.items() if name not in faults]
+    shapes = stable_hash([[[list(buffer.shape), str(buffer.dtype)] for buffer in buffers], *faults.values()])
     flat = torch.cat(
         [torch.empty(0, dtype=torch.float64, device="cpu"), *(buffer.reshape(-1).double().cpu() for buffer in buffers)]
     )
-    _copy_back(average(flat, comm, what="averaging buffers", detail=shapes), buffers)
+    mean = average(flat, comm, what="averaging buffers", detail=shapes)
+    if faults:  # on all ranks, which have met
+        raise TypeError("; ".join(f"model: its buffer {name!r} {fault}" for name, fault in faults.items()))
+    _copy_back(mean, buffers)
 
 
 def average(values: torch.Tensor, comm: Transport, *, what: str, detail: int = 0) -> torch.Tensor:

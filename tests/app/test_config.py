@@ -96,6 +96,9 @@ def test_short_floats_on_the_wire_take_an_exchange_but_no_other_dtype() -> None:
         ({"dense_epochs": 30.0}, "--dense-epochs 30 of 30 epochs leaves none"),
         ({"warmup_epochs": -1.0}, "--warmup-epochs"),
         ({"seed": -1}, "--seed"),
+        ({"threads": 0}, "--threads must be at least 1, got 0"),
+        ({"threads": 1025}, "--threads must be at most 1024, got 1025"),
+        ({"threads": 10**20}, "--threads must be at most 1024, got 100000000000000000000"),
         ({"device": "tpu"}, "--device 'tpu' is unknown: choose from cpu, cuda"),
         ({"device": "cuda", "method": "topk"}, "--device cuda: --method topk makes its messages on the CPU"),
         ({"bandit_lr": 0.1}, "--bandit-lr acts only with --distribution bandit"),
@@ -105,6 +108,10 @@ def test_bad_value_is_named_with_its_flag(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         TrainConfig(out=OUT, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_as_many_threads_as_any_machine_has_are_taken() -> None:
+    assert [TrainConfig(out=OUT, threads=threads).threads for threads in (1, 1024)] == [1, 1024]
 
 
 def test_schedule_of_90_epochs_is_the_papers_and_shorter_runs_keep_its_shape() -> None:

@@ -4,6 +4,7 @@ import json
 import stat
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -225,6 +226,88 @@ def test_a_scheduler_with_whole_number_keys_resumes_exactly(tmp_path):
     assert rates[0] == rates[1] == pytest.approx(0.3 * 0.01)
 
 
+SCHEDULERS = {
+    "ExponentialLR": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "LambdaLR": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.93**step),
+    "CosineAnnealingLR": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+}
+RATES = {
+    **{str(dtype): lambda dtype=dtype: torch.tensor(0.1, dtype=dtype) for dtype in (torch.float32, torch.float64)},
+    "torch.bfloat16": lambda: torch.tensor(0.1, dtype=torch.bfloat16),
+    "one dimension": lambda: torch.tensor([0.1]),
+    "numpy.float32": lambda: np.float32(0.1),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_rate_that_rounds_as_no_float_does_resumes_bit_for_bit(tmp_path, rate, scheduler):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        optimizer = js.JointSparSGD(model.named_parameters(), lr=RATES[rate]())
+        return model, optimizer, SCHEDULERS[scheduler](optimizer)
+
+    def go_on(run, steps):
+        for step in steps:
+            model, optimizer, schedule = run
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(5, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+
+    whole, part, resumed = build(), build(), build()
+    go_on(whole, range(15))
+    go_on(part, range(5))
+    js.checkpoint.save(tmp_path, model=part[0], optimizer=part[1], scheduler=part[2])
+    js.checkpoint.load(tmp_path, model=resumed[0], optimizer=resumed[1], scheduler=resumed[2])
+    go_on(resumed, range(5, 15))
+    assert_equal(everything(*whole[:2]), everything(*resumed[:2]))
+    expected, rate = whole[1].param_groups[0]["lr"], resumed[1].param_groups[0]["lr"]
+    assert type(rate) is type(expected) and rate.dtype == expected.dtype and rate.shape == expected.shape
+    assert str(whole[2].state_dict()["_last_lr"]) == str(resumed[2].state_dict()["_last_lr"])
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "uint8", "int64", "uint64", "float16", "bfloat16", "float32", "float64", "float8_e5m2"]
+)
+def test_numbers_in_tensors_come_back_as_they_were(tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    values = [0.0, -0.0, 1 / 3, 1e-7, float("inf")] if kind.is_floating_point else [0, 1]
+    values += [torch.iinfo(kind).max] if dtype.startswith(("int", "uint")) else []
+    extra = {"numbers": [torch.tensor(value, dtype=torch.float64).to(kind) for value in values[:-1]]}
+    extra["numbers"].append(torch.tensor([[values[-1]]], dtype=kind))
+    model, optimizer, _ = make()
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, extra=extra)
+    loaded = js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    for now, then in zip(loaded["numbers"], extra["numbers"], strict=True):
+        assert now.dtype == then.dtype and now.shape == then.shape
+        assert now.reshape(1).view(torch.uint8).tolist() == then.reshape(1).view(torch.uint8).tolist()
+
+
+def test_a_checkpoint_with_rates_as_plain_numbers_loads_into_an_optimizer_with_tensors(tmp_path):
+    """As earlier versions wrote them whatever they were."""
+    model, optimizer, scheduler = make()
+    train(model, optimizer, scheduler, 4)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler)
+    other, other_optimizer, other_scheduler = make(seed=1)
+    other_optimizer.param_groups[0]["lr"] = torch.tensor(0.7)
+    js.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, scheduler=other_scheduler)
+    assert_equal(everything(model, optimizer), everything(other, other_optimizer))
+
+
+def test_a_rate_comes_back_on_the_device_of_the_one_in_its_place(tmp_path, monkeypatch):
+    model, optimizer, _ = make()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5, device="meta")
+    loaded = []
+    monkeypatch.setattr(optimizer, "load_state_dict", lambda state: loaded.extend(state["param_groups"]))
+    js.checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+    assert loaded[0]["lr"].device.type == "meta"
+
+
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     model, optimizer, _ = make()
     for it, kind in ((object(), "object"), (torch.zeros(2), "Tensor")):
@@ -235,7 +318,16 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
         js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, keep=0)
 
 
-@pytest.mark.parametrize("extra", [{"__pairs__": 3}, {"a": {"__pairs__": [[1, 2]]}}, {"__counter__": [], "b": 1}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"__pairs__": 3},
+        {"a": {"__pairs__": [[1, 2]]}},
+        {"__counter__": [], "b": 1},
+        {"a": {"__pairs__": [], "__number__": ["torch.float32", 1.0]}},
+        {"__number__": ["torch.float32", 1.0]},
+    ],
+)
 def test_extra_comes_back_whatever_its_keys_are(tmp_path, extra):
     model, optimizer, _ = make()
     js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, extra=extra)
@@ -367,6 +459,39 @@ def test_a_first_save_that_was_interrupted_at_its_end_can_be_repeated(tmp_path, 
     train(model, optimizer, scheduler, 1)
     js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000000", "step-00000001"]
+
+
+def at_step(optimizer, step):
+    state = optimizer.state_dict()
+    state["jointspar"]["step"] = step
+    optimizer.load_state_dict(state)
+
+
+def test_steps_of_more_digits_than_eight_are_later(tmp_path):
+    model, optimizer, scheduler = make()
+    at_step(optimizer, 10**8 - 2)
+    for step in range(10**8 - 1, 10**8 + 3):
+        train(model, optimizer, scheduler, 1)
+        folder = js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, extra={"step": step})
+        assert folder.name == f"step-{step}"
+        kept = {f"step-{each}" for each in (step - 1, step) if each >= 10**8 - 1}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        assert js.checkpoint.load(tmp_path, model=model, optimizer=optimizer) == {"step": step}
+    at_step(optimizer, 2**32 - 1)
+    assert js.checkpoint.save(tmp_path, model=model, optimizer=optimizer, keep=1).name == "step-4294967295"
+    assert len(list(tmp_path.iterdir())) == 1
+    at_step(optimizer, 99_999_999)
+    with pytest.raises(CheckpointError, match="holds the later step-4294967295"):
+        js.checkpoint.save(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_folders_stand_in_the_order_of_their_steps_and_other_names_where_they_stood(tmp_path):
+    names = ["step-", "step-00000002", "step-00000002-copy", "step-3", "step-00000010", "step-0099999999",
+             "step-100000000", "step-4294967295", "step-best", "step-last"]  # fmt: skip
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000011").write_text("no folder")
+    assert [path.name for path in checkpoint_files.checkpoints_in(tmp_path)] == names[::-1]
 
 
 def test_a_run_that_loaded_an_earlier_one_saves_beside_it(tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_a_go_that_differs_is_refused_on_all_ranks(changed, text):
 @pytest.mark.parametrize(
     ("op", "text"),
     [
-        (Op.AVERAGE, "average at step 5: number, shapes or dtypes of the model's buffers differ"),
+        (Op.AVERAGE, "average at step 5: number, shapes, dtypes or layouts of the model's buffers differ"),
         (Op.LOAD, "load at step 5: the checkpoints that were found, or the states that were loaded, differ"),
         (Op.UPDATE, "the chosen exchange, learning rates, other hyperparameters"),
     ],

@@ -87,6 +87,19 @@ def in_scheduler(**values: Any) -> Callable[[Path], None]:
     return lambda folder: sign(folder, lambda manifest: manifest["scheduler"].update(values))
 
 
+def number(kind: Any, value: Any) -> dict[str, Any]:
+    """As a tensor of one element, or a NumPy scalar, stands in a manifest."""
+    return {"__pairs__": [], "__number__": [kind, value]}
+
+
+def in_group(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: sign(folder, lambda manifest: manifest["param_groups"][0].update(values))
+
+
+def in_extra(value: Any) -> Callable[[Path], None]:
+    return in_manifest(extra={"it": value})
+
+
 def bytes_of(name: str, content: bytes) -> Callable[[Path], None]:
     def forge(folder: Path) -> None:
         (folder / name).write_bytes(content)
@@ -175,6 +188,29 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "deep extra": in_manifest(extra=json.loads("[" * 300 + "]" * 300)),
     "extra of another kind": in_manifest(extra=3),
     "pairs of another kind": in_manifest(extra={"__pairs__": 3}),
+    "groups whose members are tensors": lambda folder: sign(
+        folder, lambda manifest: manifest["param_groups"][0].update(params=[number("torch.int64", i) for i in range(4)])
+    ),
+    "a rate of NaN": in_group(lr=number("torch.float32", float("nan"))),
+    "a rate of whole numbers": in_group(lr=number("torch.int64", 1)),
+    "a rate of two numbers": in_group(lr=number("torch.float32", [0.1, 0.1])),
+    "a rate of none": in_group(lr=number("torch.float32", [])),
+    "a switch in a tensor": in_group(nesterov=number("torch.bool", True)),
+    "a number of text": in_extra(number("torch.float32", "0.1")),
+    "a number of text for NumPy": in_extra(number("numpy.float32", "0.1")),
+    "numbers for NumPy": in_extra(number("numpy.float32", [0.1, 0.1])),
+    "a number of pairs": in_extra(number("torch.float32", {"__pairs__": []})),
+    "a number of nothing": in_extra(number("torch.float32", None)),
+    "a number of lists of other lengths": in_extra(number("torch.float32", [[1.0], [1.0, 2.0]])),
+    "a number of too many dimensions": in_extra(number("torch.float32", json.loads("[" * 200 + "1.0" + "]" * 200))),
+    "a number beyond its kind": in_extra(number("torch.int64", 2**80)),
+    "a number beyond all kinds": in_extra(number("torch.float64", 10**2000)),
+    "a number of an unknown kind": in_extra(number("torch.Tensor", 1.0)),
+    "a number of a kind of another kind": in_extra(number(["torch.float32"], 1.0)),
+    "a number of three parts": in_extra({"__pairs__": [], "__number__": ["torch.float32", 1.0, 2.0]}),
+    "a number in another place": in_extra({"__pairs__": [], "__number__": 3}),
+    "a number with pairs": in_extra({"__pairs__": [], "__number__": ["torch.float32", 1.0], "more": 1}),
+    "extra that is a number": in_manifest(extra=number("torch.float32", 1.0)),
     "a scheduler of another kind": in_manifest(scheduler=[1]),
     "a scheduler without its lambdas": lambda folder: sign(
         folder, lambda manifest: manifest["scheduler"].pop("lr_lambdas")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import jointspar as js
+
 ROOT = Path(__file__).parents[2]
 README, USAGE = ROOT / "README.md", ROOT / "USAGE.md"
 
@@ -38,3 +40,22 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
         timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+FLOOR = (
+    "With `share` the budget over the number of layers it is `min(0.1, share / 2.5)`, but at least "
+    "`min(share, 1 / world_size)` with `stratified` (at 1 / world_size some rank computes each layer) and `share` with "
+    "`shared`."
+)
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 16, 64, 1000])
+@pytest.mark.parametrize("budget", [0.01, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.9, 1.0, 1, 7, 100])
+def test_the_floor_of_probabilities_is_what_the_readme_says(world_size: int, budget: int | float) -> None:
+    assert FLOOR in " ".join(README.read_text().split())
+    share = budget if isinstance(budget, float) else budget / 100
+    at_least = {"stratified": min(share, 1 / world_size), "shared": share, "independent": 0.0}
+    for strategy, least in at_least.items():
+        _, floor = js.Sampling(budget, strategy=strategy).constraints(100, world_size=world_size)
+        assert floor == pytest.approx(max(min(0.1, share / 2.5), least), rel=1e-12)

@@ -54,7 +54,7 @@ _LAYOUT, _SETTINGS, _HASH, _COUNT, _DTYPE, _WISHES = range(4, 10)
 
 # What the hash of a go covers, in words.
 _DIFFERENCES = {
-    Op.AVERAGE: "number, shapes or dtypes of the model's buffers differ",
+    Op.AVERAGE: "number, shapes, dtypes or layouts of the model's buffers differ",
     Op.LOAD: "the checkpoints that were found, or the states that were loaded, differ",
 }
 _OTHER_DIFFERENCE = "the chosen exchange, learning rates, other hyperparameters, or which parameters are frozen differ"

@@ -63,6 +63,7 @@ COMPRESSION_FIELDS = {
     "powersgd_rank": ("powersgd",),
 }
 MOST_QSGD_LEVELS = 127  # with a sign, 8 bits
+MOST_THREADS = 1024  # of one rank: far beyond, the system starts no more, and libraries fail in ways that name others
 # Fields that may change between a run and its continuation; all others decide what is learned.
 FREE_FIELDS = (
     "out", "resume", "data_dir", "log_every", "max_steps", "threads", "device", "epochs", "simulate_workers",
@@ -152,6 +153,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ValueError(f"--threads must be at most {MOST_THREADS}, got {self.threads}")
         for name in ("base_lr", "lr", "trust_coefficient"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
