@@ -23,6 +23,7 @@ PACKAGE = "python/jointspar"
 EXITS = "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase"
 EARLY = "tests/unit/test_early_exchange.py::test_what_was_sent_is_void_where_gradients_change_before_the_step"
 SURVIVED = "tests/faults/test_faults.py::test_differences_are_named_and_the_rest_is_survived_with_right_sums"
+INTERRUPTS = "tests/unit/test_interrupts.py"
 
 
 class Mutation(NamedTuple):
@@ -182,6 +183,41 @@ MUTATIONS = (
         "            self._give_back()\n",
         "            pass\n",
         "tests/mpi/test_early_exchange.py::test_another_meeting_between_backward_and_step_costs_time_only",
+    ),
+    Mutation(
+        "what an exception from outside left of a step stays as it is",
+        f"{PACKAGE}/base_optimizer.py",
+        "            self._pipeline.draw_what_was_left()\n",
+        "            pass\n",
+        INTERRUPTS,
+    ),
+    Mutation(
+        "an exchange during backward goes on after an exception",
+        f"{PACKAGE}/early_exchange.py",
+        "            self._is_left = True\n",
+        "            pass\n",
+        INTERRUPTS,
+    ),
+    Mutation(
+        "a state goes into parameters of another order",
+        f"{PACKAGE}/optimizer_state.py",
+        "if place_of.get(name, place) != place:",
+        "if False:",
+        "tests/unit/test_torch_habits.py::test_a_state_of_parameters_in_another_order_is_refused_and_one_of_other_names_loads",
+    ),
+    Mutation(
+        "torch's default device takes the memory of exchanges along",
+        f"{PACKAGE}/step/exchange/scratch.py",
+        'torch.empty(num_slots * stride, dtype=torch.uint8, device="cpu")',
+        "torch.empty(num_slots * stride, dtype=torch.uint8)",
+        "tests/mpi/test_default_device.py",
+    ),
+    Mutation(
+        "ranks do not hear that another one cannot save",
+        f"{PACKAGE}/checkpoint.py",
+        "    if rows[:, 0].any():\n",
+        "    if False:\n",
+        "tests/unit/test_model_state.py",
     ),
 )
 
