@@ -26,7 +26,8 @@ from jointspar.step.exchange import Costs, CustomExchange
 from jointspar.step.layers import Layer, group_layers, named_groups
 from jointspar.step.sampling import Sampling
 from jointspar.survivors import go_on_without
-from jointspar.telemetry import Stats, weight_grad_flops
+from jointspar.telemetry import Stats
+from jointspar.weight_flops import weight_grad_flops
 
 INACTIVE = ("skip", "decay")
 Batch = TypeVar("Batch")
@@ -225,7 +226,11 @@ class JointSparOptimizer(SavedOptimizer):
         self._exchange_gradients(max_norm, is_looked_at=True)
 
     def count_flops(self, model: torch.nn.Module, *inputs: Any) -> None:
-        """Run one forward to learn what each layer's weight gradient costs; `stats` then counts what was skipped."""
+        """Run one forward to learn what each layer's weight gradients cost; `stats` then counts what was skipped.
+
+        In the mode that the model is in, with gradients enabled. Weights, gradients, buffers and torch's random state
+        stay as they are. A model whose forward communicates (SyncBatchNorm) needs the call on all ranks.
+        """
         self._pipeline.flops = weight_grad_flops(
             model, [[self._parameters[index] for index in layer.parameters] for layer in self.layers], *inputs
         )

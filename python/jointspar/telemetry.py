@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -69,34 +63,3 @@ class Phase:
     def __exit__(self, *_: object) -> None:
         elapsed = (time.perf_counter() - self._start) * 1e3
         self._phase_ms[self._name] = self._phase_ms.get(self._name, 0.0) + elapsed
-
-
-def weight_grad_flops(model: torch.nn.Module, layers: Sequence[Sequence[torch.Tensor]], *inputs: Any) -> np.ndarray:
-    """FLOPs of each layer's weight gradient for these inputs, int64 [num_layers].
-
-    A convolution's or matrix product's weight gradient takes as many as its forward; torch's FlopCounterMode counts
-    them in one forward without gradients, in evaluation mode, for the module that owns the layer's matrices, less what
-    its submodules count. Layers of which it counts nothing (embeddings, modules that were not called) have 0.
-
-    Args:
-        layers: the tensors of each layer.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    root = type(model).__name__
-    counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
-    own: dict[int, int] = {}  # parameter -> FLOPs of the module that owns it
-    for name, module in model.named_modules():
-        path = f"{root}.{name}".removesuffix(".")
-        inner = sum(counts.get(f"{path}.{child}", 0) for child, _ in module.named_children())
-        holder = module.parametrizations if hasattr(module, "parametrizations") else module
-        for parameter in (*module.parameters(recurse=False), *holder.parameters(recurse=holder is not module)):
-            if parameter.ndim >= 2:
-                own.setdefault(id(parameter), counts.get(path, 0) - inner)
-    return np.array([max((own.get(id(tensor), 0) for tensor in layer), default=0) for layer in layers], dtype=np.int64)
