@@ -15,9 +15,9 @@ PACKAGE = ROOT / "python" / "jointspar"
 # From the bottom up: a module imports only what stands before it, or its own package.
 ORDER = (
     "errors", "jointspar_ext", "device_arrays", "arguments", "plain_json", "files", "backends", "ops", "telemetry",
-    "model_state", "weight_flops", "schedule", "comm", "hyperparameters", "step", "learning", "replicas", "gradient_sum",
-    "early_exchange", "gradient_exchange", "pipeline", "survivors", "optimizer_state", "base_optimizer", "optimizers",
-    "checkpoint_files", "checkpoint", "training", "cli", "__main__",
+    "model_state", "weight_flops", "schedule", "comm", "hyperparameters", "step", "learning", "replicas",
+    "gradient_sum", "early_exchange", "gradient_exchange", "pipeline", "survivors", "optimizer_state", "base_optimizer",
+    "optimizers", "checkpoint_files", "checkpoint", "training", "cli", "__main__",
 )  # fmt: skip
 
 # The reference and the checks of arguments, which hold no arithmetic; numba may import the checks alone.
