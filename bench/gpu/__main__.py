@@ -40,9 +40,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def fill(
-    results: report.Results, part: str, measurements: Iterable[report.Measurement], save: Callable[[], object]
+    results: report.Results,
+    part: str,
+    measurements: Iterable[report.Measurement],
+    save: Callable[[], object],
+    goes_on: bool = True,
 ) -> None:
-    """Add the records of a part; what fails is noted, and the rest goes on."""
+    """Add the records of a part. What fails is noted, and the rest goes on, but not where other ranks are in it."""
     print(f"== {part}", flush=True)
     report.begin(results, part)
     for name, make in measurements:
@@ -56,7 +60,10 @@ def fill(
         except Exception as error:
             traceback.print_exc()
             note_failure(results, f"{part}: {name}", f"{type(error).__name__}: {error}")
-        save()
+            if not goes_on:
+                break
+        finally:
+            save()
 
 
 def note_failure(results: report.Results, what: str, reason: str) -> None:
@@ -95,7 +102,7 @@ def run_part(part: str, options: argparse.Namespace) -> int:
     out, quick = ["--out", str(options.out)], ["--quick"] * options.quick
     if part != "exchange":
         module = ["bench.gpu", "--parts", part, "--backends", *options.backends]
-        return subprocess.run([sys.executable, "-m", *module, *out, *quick]).returncode
+        return exit_code(part, options, subprocess.run([sys.executable, "-m", *module, *out, *quick]).returncode)
     from jointspar.training.launch import find_launcher, job_environment
 
     launcher = find_launcher()
@@ -103,7 +110,17 @@ def run_part(part: str, options: argparse.Namespace) -> int:
         print("bench-gpu: exchange needs mpirun on the PATH, and mpi4py", file=sys.stderr)
         return 2
     command = [launcher, "-n", "2", sys.executable, "-m", "bench.gpu.exchange", *out]
-    return subprocess.run(command, env=job_environment()).returncode
+    return exit_code(part, options, subprocess.run(command, env=job_environment()).returncode)
+
+
+def exit_code(part: str, options: argparse.Namespace, code: int) -> int:
+    """0, 1 or 2; a process that a signal ended has noted nothing of it."""
+    if 0 <= code <= 2:
+        return code
+    results, save = open_results(options.out, environment.describe("bench.gpu"))
+    note_failure(results, f"{part}: its process", f"ended with {code}")
+    save()
+    return 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

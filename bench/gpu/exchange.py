@@ -86,7 +86,7 @@ def measure_sums(comm: Transport, out: Path, device: str = "cuda") -> int:
             list(make())
         return 0
     results, save = open_results(out, environment.describe("bench.gpu.exchange"))
-    fill(results, "exchange", measurements, save)
+    fill(results, "exchange", measurements, save, goes_on=False)
     print(report.markdown(results), *save(), sep="\n")
     return 1 if any(what.startswith("exchange: ") for what in results["failed"]) else 0
 

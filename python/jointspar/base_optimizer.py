@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
@@ -31,6 +31,8 @@ from jointspar.weight_flops import weight_grad_flops
 
 INACTIVE = ("skip", "decay")
 Batch = TypeVar("Batch")
+# Collectives, and decisions of the host. The public torch.compiler.disable imports all of dynamo, a second, at once.
+_never_compiled: Callable[[Any], Any] = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
 _NO_BATCH: Any = object()
 
 
@@ -152,13 +154,13 @@ class JointSparOptimizer(SavedOptimizer):
 
     # One iteration -----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @_never_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As any torch optimizer's; drops what `synchronize` exchanged as well, on all ranks where all call it."""
         self._drop_exchanged()
         super().zero_grad(set_to_none)
 
-    @torch.compiler.disable  # collectives, and decisions of the host
+    @_never_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
         """Exchange the gradients of active layers, update, and draw the layers of the next iteration.
@@ -179,7 +181,8 @@ class JointSparOptimizer(SavedOptimizer):
             raise
         except BaseException:
             self._forget_scaler()
-            self._pipeline.draw_what_was_left()
+            with suppress(JointSparError):  # what came from outside is what the caller is to see
+                self._pipeline.draw_what_was_left()
             raise
 
     def _step(self, closure: Callable[[], Any] | None, max_norm: float | None) -> Any:
@@ -211,13 +214,13 @@ class JointSparOptimizer(SavedOptimizer):
         self._pipeline.finish_step(exchanged)
         return loss
 
-    @torch.compiler.disable
+    @_never_compiled
     @torch.no_grad()
     def synchronize(self, *, max_norm: float | None = None) -> None:
         """Exchange the gradients now, so that `mean_grads` can be looked at or changed before `step()`.
 
         Collective. max_norm: as in `step`. With a GradScaler call its `unscale_` first. Change mean_grads alike on all
-        ranks.
+        ranks. `zero_grad` before the step drops what was exchanged.
         """
         if self._exchanged is not None:
             raise JointSparError("synchronize() was called twice without a step() between")

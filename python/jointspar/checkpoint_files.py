@@ -51,7 +51,7 @@ def folder_name(step: int) -> str:
 
 
 def _place(folder: Path) -> tuple[bool, int, str]:
-    """Orders folders by their steps; what users named otherwise comes first without a suffix, last with a word."""
+    """Orders folders by their steps; of those that users named, `step-` is the oldest and `step-WORD` the newest."""
     name = folder.name.removeprefix("step-")
     digits = name[: len(name) - len(name.lstrip("0123456789"))]
     return bool(name) and not digits, int(digits or -1), name

@@ -86,14 +86,10 @@ class EarlyExchange:
         """Backward has accumulated a parameter's gradient. At the first one it waits for the plans of all ranks."""
         if self._is_paused or self._phase == _Phase.OVER or _latest[self._transport]() is not self:
             return
-        if not self._is_left:
-            with self._noticing_exceptions():
-                self._note(position)
-
-    @contextmanager
-    def _noticing_exceptions(self) -> Iterator[None]:
+        if self._is_left:
+            return
         try:
-            yield
+            self._note(position)
         except BaseException:
             self._is_left = True
             raise
@@ -125,8 +121,11 @@ class EarlyExchange:
             if self._phase == _Phase.UNDER_WAY:
                 self._give_back(self.why_void)
             return None
-        with self._noticing_exceptions():
+        try:
             return self._finish()
+        except BaseException:
+            self._is_left = True
+            raise
 
     def _finish(self) -> GradientSum | None:
         if self._phase == _Phase.ARMED:

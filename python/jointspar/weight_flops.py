@@ -31,10 +31,11 @@ def weight_grad_flops(model: torch.nn.Module, layers: Sequence[Sequence[torch.Te
     mode that the model is in, with gradients enabled, since torch fuses products where there are none. It leaves
     buffers, flags and torch's random state as they were.
 
-    A multiplication and an addition are two FLOPs, as in torch's FlopCounterMode. Counted are matrix products,
+    A multiplication and an addition are two FLOPs, as in torch's FlopCounterMode. Counted are products of two matrices,
     convolutions, nn.Bilinear and recurrent layers, but not the CPU's fused LSTM, whose backward makes all gradients,
-    wanted or not. A factor that several layers share (their sum, say) counts for none of them, as its gradient is
-    saved only where all are inactive. The loss is taken to depend on all that the model returns.
+    wanted or not, nor products with a vector, of which spectral_norm makes some without a gradient. A factor that
+    several layers share (their sum, say) counts for none of them, as its gradient is saved only where all are inactive.
+    The loss is taken to depend on all that the model returns.
 
     Args:
         layers: the tensors of each layer.

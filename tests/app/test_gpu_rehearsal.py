@@ -192,6 +192,15 @@ def test_sums_over_ranks_are_counted_and_why_only_staged_ones_is_noted(
     assert {record["right_sums"] for record in results["exchange"]} == {5, 3}
 
 
+def test_a_part_whose_process_dies_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = SimpleNamespace(returncode=-6)
+    monkeypatch.setattr(bench_gpu.subprocess, "run", lambda command: died)
+    assert bench_gpu.main(["--out", str(tmp_path), "--parts", "operations", "steps"]) == 1
+    assert results_in(tmp_path)["failed"] == {
+        f"{part}: its process": "ended with -6" for part in ("operations", "steps")
+    }
+
+
 def test_parts_are_run_one_after_another_and_the_worst_exit_code_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     codes = {"operations": 1, "steps": 0, "training": 2}

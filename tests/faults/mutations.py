@@ -23,7 +23,7 @@ PACKAGE = "python/jointspar"
 EXITS = "tests/mpi/test_failures.py::test_a_rank_that_exits_early_ends_the_job_in_every_phase"
 EARLY = "tests/unit/test_early_exchange.py::test_what_was_sent_is_void_where_gradients_change_before_the_step"
 SURVIVED = "tests/faults/test_faults.py::test_differences_are_named_and_the_rest_is_survived_with_right_sums"
-INTERRUPTS = "tests/unit/test_interrupts.py"
+INTERRUPTS = "tests/unit/test_interrupts.py::test_an_interrupted_iteration_can_be_made_again"
 
 
 class Mutation(NamedTuple):
@@ -194,8 +194,8 @@ MUTATIONS = (
     Mutation(
         "an exchange during backward goes on after an exception",
         f"{PACKAGE}/early_exchange.py",
-        "            self._is_left = True\n",
-        "            pass\n",
+        "            self._note(position)\n        except BaseException:\n            self._is_left = True\n",
+        "            self._note(position)\n        except BaseException:\n",
         INTERRUPTS,
     ),
     Mutation(
@@ -210,14 +210,14 @@ MUTATIONS = (
         f"{PACKAGE}/step/exchange/scratch.py",
         'torch.empty(num_slots * stride, dtype=torch.uint8, device="cpu")',
         "torch.empty(num_slots * stride, dtype=torch.uint8)",
-        "tests/mpi/test_default_device.py",
+        "tests/mpi/test_default_device.py::test_training_is_the_same_whatever_torchs_default_device",
     ),
     Mutation(
         "ranks do not hear that another one cannot save",
         f"{PACKAGE}/checkpoint.py",
         "    if rows[:, 0].any():\n",
         "    if False:\n",
-        "tests/unit/test_model_state.py",
+        "tests/unit/test_model_state.py::test_where_one_rank_cannot_save_none_does_and_all_go_on",
     ),
 )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +149,13 @@ def test_module_imports_only_what_it_may(path: Path) -> None:
     module, is_package = module_name(path), path.name == "__init__.py"
     assert unit_of(module) in ("", *ORDER), "a new module: give it its place in ORDER"
     assert broken_rules(path.read_text(), module, is_package) == []
+
+
+def test_an_import_does_not_load_torchs_compiler() -> None:
+    """Which takes a second, for a command that only prints its help as well."""
+    code = "import sys, jointspar; sys.exit('torch._dynamo' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
 def test_no_file_calls_what_pickles_messages() -> None:

@@ -10,8 +10,8 @@ On CUDA arrays (torch, CuPy, or anything with DLPack or `__cuda_array_interface_
 stream of torch or CuPy, or on the one that an array of another library names, and returns at once: results are device
 arrays, and no value of a device array is looked at, so that NaN or out-of-range values in them raise nothing. An array
 of another library is asked by DLPack to be ready for that stream; the library itself has to wait for what is written
-into one. Settings given as device arrays are copied to the host,
-and norms, probabilities or a bound given as host values to the device: both wait.
+into one. Settings given as device arrays are copied to the host, and norms, probabilities or a bound given as host
+values to the device: both wait.
 """
 
 from jointspar.ops.packing import add_packed, pack_gradients, squared_norms, unpack_gradients

@@ -130,13 +130,13 @@ class ActiveBackward:
         Where nothing is wanted of which a gradient is sure to come (not a head that some losses leave out, nor a layer
         that had none yet), another parameter stays differentiable, so that the user's `loss.backward()` works; its
         gradient is discarded. That is the last trainable one that had a gradient whenever it could; before the first
-        backward, when nothing is known of any, the first one, on which most losses depend.
+        backward, when nothing is known of any, the first and the last one: most losses depend on both.
         """
         self.check_owner()
         flags = wanted & self.trainable
         if not (flags & self._is_reached & self._has_had_grad).any() and self.trainable.any():
             is_usable = self._fallback is not None and self.trainable[self._fallback]
-            flags[self._fallback if is_usable else np.flatnonzero(self.trainable)[0]] = True
+            flags[self._fallback if is_usable else np.flatnonzero(self.trainable)[[0, -1]]] = True
         changed = np.flatnonzero(flags != self._as_set)
         for index, flag in zip(changed.tolist(), flags[changed].tolist(), strict=True):
             self._parameters[index].requires_grad = flag
