@@ -77,6 +77,7 @@ class JointSparOptimizer(SavedOptimizer):
         self._momenta = [self._new_momentum(parameter) for parameter in self._parameters]
         self._update = self._update_type(self._parameters, self._momenta)
         self._exchanged: Exchanged | None = None
+        self._batches_loop: object = None  # the latest
         self._run = None
         self._make_pipeline = partial(
             Pipeline,
@@ -278,15 +279,24 @@ class JointSparOptimizer(SavedOptimizer):
         at the start, none later: a step's header says whether the rank has just used its last batch. Batches are
         therefore fetched one ahead, and what longer loaders hold beyond the shortest is left out.
 
-        Raises: JointSparError where no step followed the last batch, DesyncError where ranks differ in their calls.
+        Raises: JointSparError where no step followed the last batch, or another such loop began in the meantime,
+        DesyncError where ranks differ in their calls.
         """
         is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
         check_kind("batches", batches, "something to iterate over", is_iterable)
         iterator = iter(batches)
         following = next(iterator, _NO_BATCH)
+        this_loop = self._batches_loop = object()
         self._pipeline.agreement.wish(Wish.LAST_BATCH, following is _NO_BATCH)
         self.meet(Op.BATCHES)
-        while not self._pipeline.agreement.is_wished(Wish.LAST_BATCH):  # another one after shrink()
+        while True:
+            if self._batches_loop is not this_loop:
+                raise JointSparError(
+                    "even_batches: another loop began before this one ended, and has taken its place; batches that "
+                    "belong together come from one loop, over zip(...) of their loaders"
+                )
+            if self._pipeline.agreement.is_wished(Wish.LAST_BATCH):  # another agreement after shrink()
+                return
             if following is _NO_BATCH:
                 raise JointSparError("even_batches: no step() followed this rank's last batch")
             batch, following = following, next(iterator, _NO_BATCH)

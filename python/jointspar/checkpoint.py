@@ -55,7 +55,7 @@ def save(
     JSON cannot hold, or for a model's state that is no tensor, sparse, nested, quantized or of a dtype that safetensors
     lacks, ValueError for more than 32 MiB of JSON, CheckpointError where the directory holds later steps, or
     checkpoints of another optimizer or run: a run begins with an optimizer, and goes on with every one that loads a
-    checkpoint of it.
+    checkpoint of it. Later a CheckpointError on a rank that does not see the directory.
     """
     directory, comm, state = Path(directory), optimizer.comm, optimizer.state_dict()
     step = state["jointspar"]["step"]
@@ -76,7 +76,12 @@ def save(
     if comm.rank == 0:
         on_disk.make_partial(partial)
     optimizer.meet(Op.SAVE)  # the folder is there
-    on_disk.write_tensors(partial / on_disk.rank_file(comm.rank), _rank_tensors(model, state))
+    try:
+        on_disk.write_tensors(partial / on_disk.rank_file(comm.rank), _rank_tensors(model, state))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{partial}: rank {comm.rank} does not see the folder that rank 0 made: all ranks need one file system"
+        ) from error
     if comm.rank == 0:
         on_disk.write_tensors(partial / on_disk.SHARED, _shared_tensors(model, state))
     optimizer.meet(Op.SAVE)  # every rank's file is there

@@ -50,6 +50,10 @@ class UsageError(ValueError):
     """A wrong command line."""
 
 
+class MissingPackages(UsageError):
+    """Perhaps on this rank's host alone."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code.
 
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check_data(options)
         return _doctor()
     except UsageError as error:
-        return _refuse(str(error), is_speaker=launcher_rank() == 0)
+        return _refuse(str(error), is_speaker=launcher_rank() == 0, is_local=isinstance(error, MissingPackages))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -200,7 +204,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _require_packages(command: str, *names: str, extra: str = "train") -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise UsageError(f"jointspar {command}: needs {', '.join(missing)}: pip install 'jointspar[{extra}]'")
+        raise MissingPackages(f"jointspar {command}: needs {', '.join(missing)}: pip install 'jointspar[{extra}]'")
 
 
 def _with_flag_names(message: str) -> str:
@@ -253,12 +257,16 @@ def _run_script(command: Sequence[str], environment: dict[str, str]) -> int:
     return code if code >= 0 else 128 - code  # a signal ended it
 
 
-def _refuse(message: str, *, is_speaker: bool) -> int:
-    """One rank speaks for all; the others give it time to, since a launcher ends the job when one rank fails."""
-    if is_speaker:
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
-    else:
+def _refuse(message: str, *, is_speaker: bool, is_local: bool = False) -> int:
+    """One rank speaks for all; the others give it time to, since a launcher ends the job when one rank fails.
+
+    is_local: those that are still there then have a reason of their own.
+    """
+    if not is_speaker:
         time.sleep(_SPEAKER_GRACE_SECONDS)
+        message = f"rank {launcher_rank()}: {message}"
+    if is_speaker or is_local:
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
     return EXIT_USAGE
 
 

@@ -167,6 +167,17 @@ def test_under_mpirun_rank_0_speaks_for_all(tmp_path: Path, flags: tuple[str, ..
     assert "Traceback" not in job.stderr
 
 
+@pytest.mark.parametrize(("rank", "begin"), [("0", "jointspar train: needs"), ("1", "rank 1: jointspar train: needs")])
+def test_a_rank_whose_host_lacks_a_package_says_so(
+    rank: str, begin: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+    monkeypatch.setattr(cli, "_SPEAKER_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["train", "--out", "unused"]) == 2
+    assert capsys.readouterr().err.startswith(begin)
+
+
 @pytest.mark.mpi
 def test_under_torchrun_rank_0_speaks_for_all(tmp_path: Path) -> None:
     flags = ["--out", str(tmp_path / "run"), "--budget", "6"]

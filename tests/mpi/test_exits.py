@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import jointspar as js
+from jobs import find_launcher, run_job
 from jointspar.errors import JointSparError
 from support import launched
 
@@ -34,6 +35,22 @@ def evaluate_alone_after_the_last_step():
 def test_a_rank_may_work_on_alone_for_longer_than_the_deadline(run_ranks):
     job = run_ranks(2, evaluate_alone_after_the_last_step)
     assert "EVALUATED" in job.output and "ends the job" not in job.output
+
+
+END_BEFORE_MPI_STARTS = """
+import os, sys
+sys.exit(0) if os.environ["OMPI_COMM_WORLD_RANK"] == "1" else None
+import jointspar
+jointspar.comm.world()
+"""
+
+
+def test_a_rank_that_ends_before_mpi_starts_does_not_hang_the_others():
+    """Interpreters of their own: Open MPI counts a rank of the others as one that failed."""
+    command = [*find_launcher("mpirun"), "2", sys.executable, "-c", END_BEFORE_MPI_STARTS]
+    job = run_job(command, 60, {"JOINTSPAR_TIMEOUT": "1"})
+    assert job.code != 0
+    assert "MPI did not start within 1 s: has a rank ended before it came to that?" in job.output
 
 
 class GivenUp(Exception):

@@ -910,6 +910,34 @@ def test_even_batches_alone_are_all_batches_each_with_its_step():
         list(optimizer.even_batches(batches(2)))
 
 
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_loops_of_even_batches_within_each_other_end_with_what_to_do(is_zipped):
+    """Each would take the other's last batch for its own."""
+    model = make_model()
+    optimizer = js.JointSparLARS(model.named_parameters())
+
+    def step(batch):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+
+    def train():
+        if is_zipped:
+            for batch, _ in zip(*(optimizer.even_batches(list(batches(length))) for length in (2, 3)), strict=False):
+                step(batch)
+        else:
+            for _ in optimizer.even_batches(range(3)):
+                for batch in optimizer.even_batches(list(batches(4))):
+                    step(batch)
+
+    with pytest.raises(JointSparError, match=r"another loop began before this one ended.*zip"):
+        train()
+    given_up = optimizer.even_batches(list(batches(5)))
+    next(given_up)
+    for batch in optimizer.even_batches(list(batches(2))):  # one that is left half-way is no hindrance
+        step(batch)
+
+
 def test_a_requested_stop_is_known_after_the_next_step():
     model = make_model()
     optimizer = js.JointSparLARS(model.named_parameters())

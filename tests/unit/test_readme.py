@@ -43,9 +43,9 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
 
 
 FLOOR = (
-    "With `share` the budget over the number of layers it is `min(0.1, share / 2.5)`, but at least "
-    "`min(share, 1 / world_size)` with `stratified` (at 1 / world_size some rank computes each layer) and `share` with "
-    "`shared`."
+    "With `share` the budget over the number of layers it is `min(0.1, share / 2.5)`, but, with the default "
+    "distribution, at least `min(share, 1 / world_size)` for `stratified` (at 1 / world_size some rank computes each "
+    "layer) and `share` for `shared`."
 )
 
 
@@ -59,3 +59,6 @@ def test_the_floor_of_probabilities_is_what_the_readme_says(world_size: int, bud
     for strategy, least in at_least.items():
         _, floor = js.Sampling(budget, strategy=strategy).constraints(100, world_size=world_size)
         assert floor == pytest.approx(max(min(0.1, share / 2.5), least), rel=1e-12)
+        if strategy != "shared":
+            other = js.Sampling(budget, strategy=strategy, distribution="bandit")
+            assert other.constraints(100, world_size=world_size)[1] == pytest.approx(min(0.1, share / 2.5), rel=1e-12)

@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 from jointspar.comm.launched import num_launched
+from jointspar.comm.watchdog import DEADLINE, seconds_from_environment, watched
 from jointspar.errors import JointSparError
 
 # Open MPI's longest message over TCP that does not wait for an answer, which shares a connection with the data of the
@@ -21,12 +22,15 @@ _SHRINK_VARIABLE = "OMPI_MCA_mpi_ft_enable"  # set by `mpirun --with-ft ulfm`
 def load_mpi() -> ModuleType:
     """mpi4py.MPI; importing it starts MPI. Raises JointSparError that says what to install.
 
-    Where that is now, Open MPI over TCP gets an eager limit of 1 MiB, unless the environment has one.
+    Where that is now, Open MPI over TCP gets an eager limit of 1 MiB, unless the environment has one. MPI starts when
+    all ranks have come; where one does not within JOINTSPAR_TIMEOUT, which no exception could tell, the process ends.
     """
     if "mpi4py.MPI" not in sys.modules:
         os.environ.setdefault(_EAGER_VARIABLE, str(_EAGER_BYTES))
+    seconds = seconds_from_environment(*DEADLINE)
     try:
-        from mpi4py import MPI
+        with watched(seconds, f"MPI did not start within {seconds:g} s: has a rank ended before it came to that?"):
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise JointSparError(
             f"mpi4py cannot be loaded ({error}): install it beside the MPI that launches, "

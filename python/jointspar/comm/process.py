@@ -18,7 +18,7 @@ from jointspar.comm.heads import leave
 from jointspar.comm.recorder import Recorder
 from jointspar.comm.refusals import CheckedTransport
 from jointspar.comm.transport import PEER_GRACE_SECONDS, Pending
-from jointspar.comm.watchdog import watched
+from jointspar.comm.watchdog import DEADLINE, seconds_from_environment, watched
 from jointspar.errors import CollectiveTimeout, DesyncError, JointSparError, RanksLost
 
 _ABORT_SECONDS = 5.0  # for an abort, before the watchdog ends the process without one
@@ -141,22 +141,10 @@ def checked_options(
     """The options of `mpi` and `torch_dist`; None is what the environment says. Raises ValueError."""
     if on_failure not in ways:
         raise ValueError(f"on_failure must be {' or '.join(map(repr, ways))}, not {on_failure!r}")
-    given = {"timeout": (timeout, "JOINTSPAR_TIMEOUT", 300.0), "warn": (warn, "JOINTSPAR_WARN", 60.0)}
+    given = {"timeout": (timeout, *DEADLINE), "warn": (warn, "JOINTSPAR_WARN", 60.0)}
     seconds = {}
     for name, (value, variable, default) in given.items():
         seconds[name] = seconds_from_environment(variable, default) if value is None else float(value)
         if not seconds[name] > 0:
             raise ValueError(f"{name} must be positive seconds, not {seconds[name]}")
     return Options(**seconds, on_failure=on_failure)
-
-
-def seconds_from_environment(name: str, default: float) -> float:
-    """A positive number of seconds. Raises ValueError for anything else."""
-    text = os.environ.get(name, str(default))
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise ValueError(f"{name} must be a number of seconds, not {text!r}") from None
-    if not seconds > 0:
-        raise ValueError(f"{name} must be positive seconds, not {text}")
-    return seconds

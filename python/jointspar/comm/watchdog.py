@@ -8,6 +8,7 @@ Without the compiled extension there is no watchdog.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -18,6 +19,7 @@ try:
 except ImportError:  # the numba backend needs no compiled extension
     _core = None
 
+DEADLINE = ("JOINTSPAR_TIMEOUT", 300.0)  # of every wait: a variable of the environment, and seconds without it
 GRACE_SECONDS = 10.0  # beyond a transport's own deadline, which comes first wherever Python runs
 
 
@@ -41,3 +43,15 @@ def end_within(seconds: float, message: str) -> None:
     """From now on the process has so many seconds to end by itself."""
     if _core is not None:
         _core.start_watch(seconds, f"jointspar: {message}\n")
+
+
+def seconds_from_environment(name: str, default: float) -> float:
+    """A positive number of seconds. Raises ValueError for anything else."""
+    text = os.environ.get(name, str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number of seconds, not {text!r}") from None
+    if not seconds > 0:
+        raise ValueError(f"{name} must be positive seconds, not {text}")
+    return seconds
