@@ -172,6 +172,8 @@ def test_dense_steps_are_those_of_the_dense_optimizer_and_teach_all_norms(strate
 def test_only_active_layers_get_gradients_and_updates():
     model = make_model()
     optimizer = js.JointSparLARS(model.named_parameters(), sampling=js.Sampling(budget=2))
+    backward(model, *batches(1))  # tells what a loss depends on; the first and the last parameter get gradients besides
+    optimizer.step()
     for batch in batches(20):
         active = optimizer.active
         before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -27,6 +27,7 @@ class LocalTransport:
         self.is_in_background = False
         self.eager_bytes: int | None = None
         self.is_closed = False
+        self._unusable: str | None = None
 
     def start_headers(self, words: np.ndarray, *, what: str) -> _OwnHeader:
         self._check_usable(what)
@@ -61,7 +62,7 @@ class LocalTransport:
         """Changes nothing."""
 
     def fail(self, reason: str) -> None:
-        """Changes nothing: no message is left half-way, by an interrupt for example."""
+        self._unusable = self._unusable or reason
 
     def leave_alone(self) -> None:
         """Changes nothing: a single process loses no other."""
@@ -73,10 +74,11 @@ class LocalTransport:
 
     def close(self) -> None:
         self.is_closed = True
+        self.fail("the transport is closed")
 
     def _check_usable(self, what: str) -> None:
-        if self.is_closed:
-            raise JointSparError(f"{what}: the transport is closed")
+        if self._unusable is not None:
+            raise JointSparError(f"{what}: {self._unusable}")
 
 
 class _OwnHeader:
