@@ -28,19 +28,20 @@ class JointSparLARS(JointSparOptimizer):
     place, and momenta, which `state` shows: zero them there to begin anew. An active parameter without a gradient has
     one of zeros, so that momentum and weight decay move it.
 
-    Toggles requires_grad of the parameters: between steps it is True on the active layers of the coming iteration only,
-    and a copy of the model that is made meanwhile has the flags of that moment. So choose by requires_grad (what to
-    average, save, or give to another optimizer) and register hooks on parameters before the optimizer is built, or
-    after `release()`, which gives the flags back until the next step; freeze and thaw by `set_trainable`. Ask
-    `torch.autograd.grad` for a parameter's gradient only while its layer is active. Losses of separate parts of a model
-    are added up before one backward, since a part whose layers are all inactive has none; where losses leave parts out
-    by turns, `zero_grad` with set_to_none=True, the default. Write weights under `torch.no_grad()`: what goes through
-    `.data` is not noticed, and LARS's norm of these weights is old for a step. Build it after
-    `load_state_dict(assign=True)`; to swap parameters (`torch.__future__.set_swap_module_params_on_conversion`) is not
-    possible while it lives. Write weights on all ranks or on none, also an average that is swapped in and out: LARS
-    measures the norms of what was written again, which on a GPU may round otherwise than on ranks that carry theirs.
-    All ranks need the same kind of processor and libraries: learnt probabilities are made with logarithms, whose last
-    bits may differ, which is a DesyncError.
+    Toggles requires_grad of the parameters: between steps it is True on the active layers of the coming iteration only
+    (and, where none of them is known to be in the loss, as before the first backward, on one or two parameters whose
+    gradients are dropped), and a copy of the model that is made meanwhile has the flags of that moment. So choose by
+    requires_grad (what to average, save, or give to another optimizer) and register hooks on parameters before the
+    optimizer is built, or after `release()`, which gives the flags back until the next step; freeze and thaw by
+    `set_trainable`. Ask `torch.autograd.grad` for a parameter's gradient only while its layer is active. Losses of
+    separate parts of a model are added up before one backward, since a part whose layers are all inactive has none;
+    where losses leave parts out by turns, `zero_grad` with set_to_none=True, the default. Write weights under
+    `torch.no_grad()`: what goes through `.data` is not noticed, and LARS's norm of these weights is old for a step.
+    Build it after `load_state_dict(assign=True)`; to swap parameters
+    (`torch.__future__.set_swap_module_params_on_conversion`) is not possible while it lives. Write weights on all ranks
+    or on none, also an average that is swapped in and out: LARS measures the norms of what was written again, which on
+    a GPU may round otherwise than on ranks that carry theirs. All ranks need the same kind of processor and libraries:
+    learnt probabilities are made with logarithms, whose last bits may differ, which is a DesyncError.
 
     Args:
         params: `model.named_parameters()`, tensors, or parameter groups of either. Layers may span groups.

@@ -103,6 +103,19 @@ def test_where_one_rank_cannot_save_none_does_and_all_go_on(tmp_path: Path, kind
     assert "'odd'" in its_own and others == f"rank {odd_rank} cannot save: {its_own}"
 
 
+def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    """As where each host has a disk of its own."""
+
+    def use(transport: js.comm.Transport) -> None:
+        model, optimizer = make(torch.zeros(2))
+        js.checkpoint.save(tmp_path / str(transport.rank), model=model, optimizer=optimizer)
+
+    with pytest.raises(
+        CheckpointError, match=r"1/\.partial-step-00000000: rank 1 does not see the folder.*one file system"
+    ):
+        run_simulated(2, use)
+
+
 def test_other_reasons_not_to_save_are_told_to_all_ranks_too(tmp_path: Path) -> None:
     long = "\N{SNOWMAN}\ud800" * 400
 

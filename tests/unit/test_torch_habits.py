@@ -243,10 +243,12 @@ def test_warnings_point_at_the_line_that_made_the_step():
     assert "got no gradient" in str(caught[0].message)
 
 
-def test_zero_grad_drops_what_was_exchanged():
+@pytest.mark.filterwarnings("ignore:overlap=True. what backward of step")
+@pytest.mark.parametrize("overlap", [False, True])
+def test_zero_grad_drops_what_was_exchanged(overlap):
     """As it drops gradients: synchronize(), a look, and a batch that is left out."""
     model = make_model()
-    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL, **PLAIN)
+    optimizer = js.JointSparSGD(model.named_parameters(), sampling=ALL, overlap=overlap, **PLAIN)
     backward(model, 5.0)
     optimizer.synchronize()
     for _ in range(2):

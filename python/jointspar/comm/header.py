@@ -18,10 +18,9 @@ no rank is left behind in a payload. A rank that sends nothing any more is a mat
 
 Rows of other sizes travel here too, without a head: when a difference between hellos is explained, when exchanges are
 chosen and measured, when CUDA memory is agreed on, when all ranks are to be able to save, and when the ranks that are
-left share their state. A rank that
-leaves the construction of an optimizer half-way, by an exception that it alone meets and catches, sends its next header
-while the others send such rows. No DesyncError names that: the library below reports a message of another size, or ends
-the process.
+left share their state. A rank that leaves the construction of an optimizer half-way, by an exception that it alone
+meets and catches, sends its next header while the others send such rows. No DesyncError names that: the library below
+reports a message of another size, or ends the process.
 """
 
 from __future__ import annotations
